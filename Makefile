@@ -1,0 +1,52 @@
+# Two commands: `make reproduce` and `make test`. Each sets up everything it needs inside this folder, then does its job.
+PYTHON ?= python3
+PRESET ?= laptop
+SEED ?= 0
+DATA ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+# Caches of the tools we call stay in this folder too.
+export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
+export IPYTHONDIR := $(CURDIR)/$(VENV)/cache/ipython
+export JUPYTER_CONFIG_DIR := $(CURDIR)/$(VENV)/cache/jupyter
+export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help reproduce test test-fast export lab clean
+
+help:
+	@echo 'make reproduce              pre-train in both stages on synthetic data, probe, and make the report (results/)'
+	@echo 'make reproduce DATA=FOLDER  the same on a clone of covid-chestxray-dataset found in FOLDER'
+	@echo 'make test                   every page, the test suite, the export and README checks'
+	@echo 'make export                 nbdev_export, nbdev_clean and README.md from nbs/index.ipynb'
+	@echo 'make lab                    JupyterLab on nbs/'
+
+$(READY): settings.ini setup.py constraints.txt
+	@echo 'Installing the pinned packages into $(VENV) (once; a few minutes)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+reproduce: $(READY)
+	$(BIN)/cmcgns reproduce --preset $(PRESET) --seed $(SEED) $(if $(DATA),--data-root '$(DATA)')
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest tests -m 'not slow'
+
+export: $(READY)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/readme.py
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf $(VENV) runs results cache build dist *.egg-info

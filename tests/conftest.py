@@ -1,0 +1,27 @@
+"What the tests share: where the real data lie, and a command line that cannot reach anything else."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    "The folder of real data, or a skip that says what is missing."
+    folder = Path(os.environ.get("CMCGNS_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data not found at {folder} (set CMCGNS_TEST_DATA to a folder laid out as data/README.md says)")
+    return folder
+
+
+@pytest.fixture
+def run_cmcgns(tmp_path):
+    "Run the command line in its own process, in an empty folder; returns the finished process."
+    def run(*args, cwd=tmp_path, timeout=600, **kwargs):
+        return subprocess.run([sys.executable, "-m", "cmcgns.reporting.cli", *map(str, args)],
+                              cwd=cwd, capture_output=True, text=True, timeout=timeout, **kwargs)
+    return run
