@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_known', 'two_nearest', 'false_negatives', 'mean_cosine', 'first_centroids', 'cluster_sums', 'move_centroids',
-           'several_processes', 'gather_points', 'OnlineKMeans', 'NegativeSampler', 'plot_negatives', 'hard_logits',
-           'hard_negative_contrast', 'false_negative_margin', 'ReportContrast']
+           'several_processes', 'gather_points', 'unit_vectors', 'OnlineKMeans', 'wait', 'follow', 'NegativeSampler',
+           'plot_negatives', 'hard_logits', 'hard_negative_contrast', 'false_negative_margin', 'ReportContrast']
 
 # %% ../nbs/core/04_clustering.ipynb #c002
 import math
@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alignment import cosines, sentence_contrast
+from .alignment import cosines
 
 # %% ../nbs/core/04_clustering.ipynb #c005
 def check_known(what:str, # which setting
@@ -103,8 +103,16 @@ def gather_points(points:Tensor, # of this process, (n, d); n may differ between
     return torch.cat([p[:n] for p, n in zip(everyone, sizes)])
 
 # %% ../nbs/core/04_clustering.ipynb #c036
+def unit_vectors(points:Tensor, # (n, d)
+                 dtype:torch.dtype=torch.float32, # of the result
+)->Tensor: # without gradients, (n, d)
+    "Points at length 1; zero where a point is zero or not finite."
+    points = points.detach().to(dtype)
+    return F.normalize(points.where(points.isfinite().all(1, keepdim=True), 0), dim=-1)
+
+# %% ../nbs/core/04_clustering.ipynb #c040
 class OnlineKMeans(nn.Module):
-    "Clusters of sentences that are learned batch by batch; the whole state is buffers."
+    "Clusters of sentences, learned batch by batch; the whole state is buffers."
     def __init__(self, d:int, # width of the sentences
                  clusters:int=128, # K
                  start:float=0.4, # start when the mean pairwise cosine is at most this
@@ -129,37 +137,40 @@ class OnlineKMeans(nn.Module):
         "Learn from one training batch; in evaluation nothing happens."
         if not self.training: return
         with torch.autocast(points.device.type, enabled=False):
-            points = self.unit(points)
-            if self.started: self.follow(points)
-            else: self.wait(points, points if others is None else self.unit(others), alone=others is None)
-        self.steps += 1
+            points = unit_vectors(points, self.centroids.dtype)
+            if self.started: follow(self, points)
+            else: wait(self, points, others)
+            self.steps += 1
 
-    def unit(self, points:Tensor)->Tensor:
-        "Unit vectors in the precision of the centroids; zero where a point is not finite."
-        points = points.detach().to(self.centroids.dtype)
-        return F.normalize(points.where(points.isfinite().all(1, keepdim=True), 0), dim=-1)
+# %% ../nbs/core/04_clustering.ipynb #c042
+def wait(kmeans:OnlineKMeans, # not started
+         points:Tensor, # unit vectors of this process, (n, d)
+         others:Tensor|None=None, # as in `observe`
+)->None:
+    "Start if there are enough sentences and they point apart; else remember the latest."
+    k, points = kmeans.clusters, gather_points(points)
+    points = points[points.any(1)]
+    if len(points) < k: points = torch.cat([kmeans.recent[:kmeans.n_recent], points])[-k:]
+    others = points if others is None else gather_points(unit_vectors(others, points.dtype))
+    latest = points[-k:]
+    if len(points) >= k and mean_cosine(points, others) <= kmeans.start:
+        kmeans.centroids.copy_(points[first_centroids(points, k, kmeans.init, kmeans.seed)])
+        kmeans.started.fill_(True)
+        latest = points[:0]
+    kmeans.n_recent.fill_(len(latest))
+    kmeans.recent.copy_(F.pad(latest, (0, 0, 0, k - len(latest))))
 
-    def wait(self, points:Tensor, others:Tensor, alone:bool)->None:
-        "Start if there are enough sentences and they point apart; else remember the latest."
-        points = gather_points(points)
-        points = points[points.any(1)]
-        if len(points) < self.clusters: points = torch.cat([self.recent[:self.n_recent], points])[-self.clusters:]
-        spread = mean_cosine(points, points if alone else gather_points(others))
-        if len(points) >= self.clusters and spread <= self.start:
-            self.centroids.copy_(points[first_centroids(points, self.clusters, self.init, self.seed)])
-            self.started.fill_(True)
-        latest = points[-self.clusters:] if not self.started else points[:0]
-        self.n_recent.fill_(len(latest))
-        self.recent.copy_(F.pad(latest, (0, 0, 0, self.clusters - len(latest))))
+# %% ../nbs/core/04_clustering.ipynb #c044
+def follow(kmeans:OnlineKMeans, # started
+           points:Tensor, # unit vectors of this process, (n, d)
+)->None:
+    "Move the centroids towards their members."
+    sums = cluster_sums(points, cosines(points, kmeans.centroids).argmax(1), kmeans.clusters) # (k, d+1)
+    if several_processes(): dist.all_reduce(sums)
+    kmeans.centroids.copy_(move_centroids(kmeans.centroids, sums, kmeans.momentum, kmeans.update))
+    kmeans.counts += sums[:, -1].long()
 
-    def follow(self, points:Tensor)->None:
-        "Move the centroids towards their members."
-        sums = cluster_sums(points, cosines(points, self.centroids).argmax(1), self.clusters) # (k, d+1)
-        if several_processes(): dist.all_reduce(sums)
-        self.centroids.copy_(move_centroids(self.centroids, sums, self.momentum, self.update))
-        self.counts += sums[:, -1].long()
-
-# %% ../nbs/core/04_clustering.ipynb #c038
+# %% ../nbs/core/04_clustering.ipynb #c046
 class NegativeSampler(OnlineKMeans):
     "Names the hard and the false negatives of sentences by the clusters they fall into."
     @torch.no_grad()
@@ -185,23 +196,27 @@ class NegativeSampler(OnlineKMeans):
         "The other sentences of each one's cluster."
         return false_negatives(labels)
 
-# %% ../nbs/core/04_clustering.ipynb #c043
+# %% ../nbs/core/04_clustering.ipynb #c051
 def plot_negatives(sampler:NegativeSampler, # started, of width 2
                    points:Tensor, # (n, 2)
                    n:int=0, # the sentence that asks
 ): # a matplotlib Figure
     "Sentences, clusters, and the negatives of one sentence, on the circle."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(4, 3.4)); ax = fig.subplots()
-    u, c, labels = F.normalize(points), F.normalize(sampler.centroids), sampler.assign(points)
-    ax.scatter(*u.T.tolist(), c=labels.tolist(), cmap='tab10', vmin=0, vmax=9, s=45)
-    ax.scatter(*c.T.tolist(), c=range(len(c)), cmap='tab10', vmin=0, vmax=9, marker='x', s=90)
-    for m in sampler.false_negatives(labels)[n].nonzero()[:, 0].tolist(): ax.plot(*u[[n, m]].T.tolist(), color='0.6', ls=':')
-    ax.annotate('hard negative', c[sampler.two_nearest(points)[n, 1]].tolist(), u[n].tolist(), arrowprops=dict(arrowstyle='<-'), ha='left')
-    ax.set(aspect='equal', xlim=(-1.2, 1.9), ylim=(-1.2, 1.2), title=f'sentence {n} of {len(u)}, {len(c)} clusters')
+    fig = Figure(figsize=(5.4, 3)); ax = fig.subplots()
+    u, c = F.normalize(points), F.normalize(sampler.centroids)
+    own, second = sampler.two_nearest(points).unbind(1)
+    ax.scatter(*u.T.tolist(), c=own.tolist(), s=30)
+    ax.scatter(*(1.2 * c).T.tolist(), c=range(len(c)), marker='^', s=60, label='centroid')
+    ring = dict(facecolors='none', edgecolors='k')
+    ax.scatter(*u[false_negatives(own)[n]].T.tolist(), s=90, **ring, label='its false negatives')
+    ax.scatter(*(1.2 * c[second[n]]).tolist(), s=180, marker='s', **ring, label='its hard negative')
+    ax.scatter(*u[n].tolist(), s=110, c='k', marker='*', label=f'sentence {n} of {len(u)}')
+    ax.set(aspect='equal', xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), xticks=[], yticks=[])
+    ax.legend(loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     return fig
 
-# %% ../nbs/core/04_clustering.ipynb #c057
+# %% ../nbs/core/04_clustering.ipynb #c065
 def hard_logits(similar:Tensor, # of rows with hard negatives, already divided by the temperature, (n, h)
                 weight:float=3., # mu, of a row's own hard negative
                 weighting:str='additive', # or 'multiplicative', as published
@@ -212,7 +227,7 @@ def hard_logits(similar:Tensor, # of rows with hard negatives, already divided b
     if weighting == 'multiplicative': return similar * weight * own
     return torch.where(own, similar + (math.log(weight) if weight > 0 else -math.inf), similar)
 
-# %% ../nbs/core/04_clustering.ipynb #c058
+# %% ../nbs/core/04_clustering.ipynb #c066
 def hard_negative_contrast(x:Tensor, # sentences, (n, d)
                            x_told:Tensor, # the same told by the image, (n, d)
                            hard:Tensor, # the hard negative of each, (n, d)
@@ -225,7 +240,7 @@ def hard_negative_contrast(x:Tensor, # sentences, (n, d)
     logits = torch.cat([cosines(x, x_told) / temperature, columns], 1) # (n, 2n)
     return F.cross_entropy(logits, torch.arange(len(x), device=x.device))
 
-# %% ../nbs/core/04_clustering.ipynb #c067
+# %% ../nbs/core/04_clustering.ipynb #c075
 def false_negative_margin(x:Tensor, # sentences, (n, d)
                           x_told:Tensor, # the same told by the image, (n, d)
                           false:Tensor, # which columns are false negatives of which rows, (n, n), bool
@@ -240,7 +255,7 @@ def false_negative_margin(x:Tensor, # sentences, (n, d)
     loss = F.relu(delta + alpha) + F.relu(-delta - beta) # (n, n)
     return loss.mean() if over == 'all_pairs' else (loss * false).sum() / false.sum().clamp(min=1)
 
-# %% ../nbs/core/04_clustering.ipynb #c075
+# %% ../nbs/core/04_clustering.ipynb #c083
 class ReportContrast(nn.Module):
     "The local report loss: sentences against sentences told by the image, with the sampler's negatives."
     def __init__(self, sampler:NegativeSampler,
@@ -262,30 +277,28 @@ class ReportContrast(nn.Module):
         check_known('start_on', start_on, 'clustered', 'pairs')
         check_known('weighting', weighting, 'additive', 'multiplicative')
         check_known('over', over, 'false_negatives', 'all_pairs')
-        self.sampler, self.cluster, self.asks, self.start_on, self.hard, self.false = sampler, cluster, asks, start_on, hard, false
+        self.sampler, self.cluster, self.asks, self.start_on = sampler, cluster, asks, start_on
+        self.hard, self.hard_settings = hard, dict(weight=weight, weighting=weighting)
+        self.false, self.margin_settings = false, dict(alpha=alpha, beta=beta, over=over)
         self.temperature, self.margin_weight = temperature, margin_weight
-        self.hard_settings = dict(weight=weight, temperature=temperature, weighting=weighting)
-        self.margin_settings = dict(alpha=alpha, beta=beta, over=over)
 
     def forward(self, x:Tensor, # sentences of the whole batch, (n, d)
                 x_told:Tensor, # the same told by the image, (n, d)
     )->dict[str, Tensor]: # scalars: loss, and its parts contrast and margin
-        if self.cluster == 'none': return self.total(sentence_contrast(x, x_told, self.temperature))
-        points = x_told if self.cluster == 'cross-modal' else x
-        losses = self.guided(x, x_told, x if self.asks == 'sentence' else points) if self.sampler.started else \
-                 self.total(sentence_contrast(x, x_told, self.temperature))
-        self.sampler.observe(points, None if self.start_on == 'clustered' else (x if points is x_told else x_told))
+        points, others = (x, x_told) if self.cluster == 'single-modal' else (x_told, x)
+        own = second = None
+        if self.cluster != 'none' and self.sampler.started:
+            own, second = self.sampler.two_nearest(x if self.asks == 'sentence' else points).unbind(1)
+        losses = self.losses(x, x_told, own, second)
+        if self.cluster != 'none': self.sampler.observe(points, others if self.start_on == 'pairs' else None)
         return losses
 
-    def guided(self, x:Tensor, x_told:Tensor, asking:Tensor)->dict[str, Tensor]:
-        "The losses with the negatives of the clusters."
-        own, second = self.sampler.two_nearest(asking).unbind(1)
-        contrast = hard_negative_contrast(x, x_told, self.sampler.centroids[second], **self.hard_settings) if self.hard else \
-                   sentence_contrast(x, x_told, self.temperature)
-        margin = false_negative_margin(x, x_told, false_negatives(own), **self.margin_settings) if self.false else None
-        return self.total(contrast, margin)
-
-    def total(self, contrast:Tensor, margin:Tensor|None=None)->dict[str, Tensor]:
-        "The weighted sum, and its parts."
-        margin = torch.zeros_like(contrast) if margin is None else margin
+    def losses(self, x:Tensor, x_told:Tensor,
+               own:Tensor|None, second:Tensor|None, # cluster of each sentence and of its hard negative, (n,), if there are any yet
+    )->dict[str, Tensor]:
+        "The loss and its parts."
+        hard = self.sampler.centroids[second] if self.hard and own is not None else x[:0]
+        contrast = hard_negative_contrast(x, x_told, hard, temperature=self.temperature, **self.hard_settings)
+        margin = torch.zeros_like(contrast)
+        if self.false and own is not None: margin = false_negative_margin(x, x_told, false_negatives(own), **self.margin_settings)
         return dict(loss=contrast + self.margin_weight * margin, contrast=contrast, margin=margin)
