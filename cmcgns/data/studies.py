@@ -29,7 +29,7 @@ class Box(NamedTuple):
 
 class Meaning(NamedTuple):
     "What a sentence says."
-    finding: str # a finding, `'normal'` or `'boilerplate'`
+    finding: str # a finding, or whatever else the sentence is about ('lungs', 'bones', 'comparison')
     polarity: int # 1 it is there, 0 it is not, -1 nothing is said about it
     side: str = '' # `'left'`, `'right'`, `'both'` or nothing
     zone: str = '' # `'upper'`, `'mid'`, `'lower'` or nothing
