@@ -37,13 +37,13 @@ def patient_of(seed:int, # of the world
 
 # %% ../../nbs/data/11_synthetic.ipynb #c009
 ANATOMY = dict( # the person
-    width=(.70, .83), apex=(-.84, -.74), base=(.34, .46), mediastinum=(.10, .135), right_dome=(.03, .10), heart_ratio=(.40, .50), heart_height=(.25, .33),
+    width=(.70, .83), apex=(-.84, -.74), base=(.34, .46), mediastinum=(.10, .135), right_dome=(.03, .10), heart_ratio=(.40, .51), heart_height=(.25, .33),
     heart_y=(.16, .24), heart_left=(.28, .42), aorta=(.05, .095), rib_gap=(.13, .165), rib_phase=(0, 1), rib_bend=(.12, .3), rib_contrast=(.07, .14),
     clavicle_y=(-.72, -.60), clavicle_tilt=(-.30, -.05), shoulder=(1., 1.3), neck=(.22, .32), flesh=(.9, 1.15), breast=(-.8, 1.), spine=(.08, .18),
     stomach=(-.8, 1.), vessels=(.12, .28), texture=(0, 1))
 
 EXPOSURE = dict( # the study
-    shift_x=(-.06, .06), shift_y=(-.06, .06), turn=(-.05, .05), zoom=(.96, 1.10), inspiration=(-.06, .06), beat=(.96, 1.03), black=(.02, .16), white=(1.02, 1.25),
+    shift_x=(-.06, .06), shift_y=(-.06, .06), turn=(-.05, .05), zoom=(.96, 1.10), inspiration=(-.06, .06), beat=(.95, 1.04), black=(.02, .16), white=(1.02, 1.25),
     gamma=(.8, 1.25), noise=(.008, .030), tilt_x=(-.06, .06), tilt_y=(-.06, .06))
 
 def draw_within(ranges:dict, # name and lowest and highest value
@@ -101,7 +101,7 @@ def shape_chest(a:SimpleNamespace, # anatomy
                 facts:dict[str, Fact], # what is wrong, by finding
                 size:int, # pixels
 )->SimpleNamespace: # coordinates and outlines, each (size, size)
-    "The outlines of lungs and heart."
+    "The outlines of body, lungs and heart."
     x, y = grid(e, size)
     left, ax, px = x > 0, np.abs(x), 2/size
     lift = {f.side: .03 + .09*f.severity for f in facts.values() if f.finding == 'atelectasis'}
@@ -113,13 +113,16 @@ def shape_chest(a:SimpleNamespace, # anatomy
     dome = base + np.where(q > 0, .9, .3).astype(np.float32) * q*q
     hull = soft(ax - inner, px*.8) * soft(wall - ax, px*.7) * soft(dome - y, px*.7)
     thick = soft(ax - inner - .03, .03) * soft(wall - ax - .03, .045) * soft(dome - y - .02, .04)
-    return SimpleNamespace(x=x, y=y, left=left, ax=ax, u=u, wall=wall, inner=inner, base=base, dome=dome, hull=hull, thick=thick, heart=shape_heart(a, e, facts, x, y))
+    t = np.clip((y + .98)/.42, 0, 1)
+    half = a.neck + (a.shoulder - a.neck)*t*t*(3 - 2*t) - .1*np.clip(y, 0, 1)
+    body = np.clip(1 - np.square(ax/half), 0, 1)**.4
+    return SimpleNamespace(body=body, x=x, y=y, left=left, ax=ax, u=u, wall=wall, inner=inner, base=base, dome=dome, hull=hull, thick=thick, heart=shape_heart(a, e, facts, x, y))
 
 # %% ../../nbs/data/11_synthetic.ipynb #c019
 def shape_heart(a, e, facts, x, y):
     "How much of the heart each pixel sees, 0 to 1."
     large = facts.get('cardiomegaly')
-    ratio = (.52 + .12*large.severity if large else a.heart_ratio) * (1.05 if e.view == 'AP' else 1) * e.beat
+    ratio = (.52 + .10*large.severity if large else a.heart_ratio) * (1.07 if e.view == 'AP' else 1) * e.beat
     w, h = ratio * a.width, a.heart_height * (1 + .2*large.severity if large else 1)
     X, Y = x - w*a.heart_left, y - a.heart_y - e.inspiration
     return soft((1 - np.sqrt(np.square(X/w) + np.square((Y - .35*X)/h) + 1e-6)) * w, .012)
@@ -153,14 +156,12 @@ def draw_bones(a, e, c):
     at = a.clavicle_y - (.05 if e.view == 'AP' else 0) + a.clavicle_tilt*(c.ax - .1) + .06*np.sin(7*c.ax)
     clavicle = .16*np.exp(-((c.y - at)/.035)**4) * soft(c.ax - .07, .015) * soft(.75 - c.ax, .02)
     blade = (.10 if e.view == 'AP' else .05) * soft(c.ax - .57 + .25*(c.y + .2), .02) * soft(.1 - c.y, .03) * soft(c.y + .62, .03) * soft(.97 - c.ax, .03)
-    return a.rib_contrast * cage * ribs + rim + spine + clavicle + blade
+    return (a.rib_contrast * cage * ribs + rim + spine + clavicle + blade) * np.clip(3*c.body, 0, 1)
 
 # %% ../../nbs/data/11_synthetic.ipynb #c023
 def draw_flesh(a, e, c, air):
     "Neck, shoulders and trunk, less the air in lungs, trachea and stomach, plus aorta, mediastinum and breasts."
-    t = np.clip((c.y + .98)/.42, 0, 1)
-    half = a.neck + (a.shoulder - a.neck)*t*t*(3 - 2*t) - .1*np.clip(c.y, 0, 1)
-    body = np.clip(1 - np.square(c.ax/half), 0, 1)**.4 * a.flesh
+    body = c.body * a.flesh
     stuff = body * (.74 + .18*soft(c.y - c.dome, .03)) * (1 - .62*air)
     bubble = soft(.11 - np.sqrt(np.square(c.x - .33) + np.square((c.y - c.base - .12)*1.5)), .012)
     trachea = bump(c.x - .01, .038) * soft(-.22 - c.y, .03)
@@ -183,7 +184,7 @@ def _side(c, f:Fact) -> np.ndarray | float:
 def show_effusion(a, c, f):
     "Fluid above the diaphragm, higher at the wall."
     across = np.clip((c.ax - c.inner) / (a.width - c.inner), 0, 1)
-    return soft(c.y - (c.base + .20 - .42*f.severity - .12*across**3), .02) * (.75 + .2*f.severity)
+    return soft(c.y - (c.base + .21 - .36*f.severity - .12*across**3), .02) * (.55 + .35*f.severity)
 
 def show_consolidation(a, c, f):
     "A ragged patch."
@@ -199,7 +200,7 @@ def show_atelectasis(a, c, f):
 
 def show_edema(a, c, f):
     "Haze about the hila, with a fine net in it."
-    return bump(np.sqrt(np.square(c.ax - .26) + np.square(c.y + .02)), .38) * (.06 + .32*f.severity) * np.clip(1 + .35*ripple(c.x, c.y, f.spot[1], rate=38), 0, 2)
+    return bump(np.sqrt(np.square(c.ax - .26) + np.square(c.y + .02)), .38) * (.05 + .27*f.severity) * np.clip(1 + .35*ripple(c.x, c.y, f.spot[1], rate=38), 0, 2)
 
 def show_nodule(a, c, f):
     "A small round spot."
