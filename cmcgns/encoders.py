@@ -47,7 +47,7 @@ def read_config(kind:str, # "image" or "text", for the message
     "Configuration of an encoder with weights of its own. Raises ValueError when there is none."
     if name in ENCODERS[kind]: raise ValueError(f"{name!r} is trained from scratch and has no weights: give a local folder, or a hub id like owner/name")
     known = f"known are {', '.join(ENCODERS[kind])}, a local folder, or a hub id like owner/name"
-    here, owner_name = Path(name).is_dir(), str(name).split("/")
+    here, owner_name = str(name) != "" and Path(name).is_dir(), str(name).split("/")
     if not here and (len(owner_name) != 2 or "" in owner_name or owner_name[0] in (".", "..", "~")):
         raise ValueError(f"unknown {kind} encoder {str(name)!r}: {known}")
     try: return AutoConfig.from_pretrained(str(name), local_files_only=here)
