@@ -143,9 +143,10 @@ def test_stop_gradient_on_both_sides():
     torch.manual_seed(0)
     predictor, f, told = Predictor(6), torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 6, requires_grad=True)
     predictor.eval()
-    (g,) = torch.autograd.grad(simsiam_loss(f, told, predictor), told)
-    (want,) = torch.autograd.grad(-F.cosine_similarity(predictor(told), f, dim=-1).mean() / 2, told)
-    torch.testing.assert_close(g, want)
+    for x, y in ((f, told), (told, f)):
+        (g,) = torch.autograd.grad(simsiam_loss(f, told, predictor), x)
+        (want,) = torch.autograd.grad(-F.cosine_similarity(predictor(x), y, dim=-1).mean() / 2, x)
+        torch.testing.assert_close(g, want)
 
 
 def test_retrieval_accuracy_counts_each_way():
