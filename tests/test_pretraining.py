@@ -1,0 +1,79 @@
+"Training that is killed and started again ends with the same weights, bit for bit."
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cmcgns.pretraining import Corpus, last_checkpoint, make_settings, pretrain
+
+TRAIN = """
+import sys
+import torch
+from test_pretraining import corpus, SETTINGS
+from cmcgns.pretraining import pretrain
+torch.set_num_threads(1)
+pretrain(SETTINGS, corpus(96), corpus(16, 1), sys.argv[1])
+"""
+SETTINGS = make_settings("tiny", batch_size=8, stage1_epochs=4, stage2_epochs=4, clusters=4, zoom=.2, jitter=.2)
+
+
+def corpus(n, seed=0):
+    rng = np.random.default_rng(seed)
+    words = "heart lung opacity effusion normal left right small large clear".split()
+    reports = [[" ".join(rng.choice(words, 4)) for _ in range(rng.integers(2, 5))] for _ in range(n)]
+    return Corpus(rng.integers(0, 255, (n, 72, 72), dtype=np.uint8), reports)
+
+
+def start(folder):
+    return subprocess.Popen([sys.executable, "-c", TRAIN, str(folder)], cwd=os.path.dirname(__file__),
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def kill_in(folder, stage, checkpoint):
+    "Start, wait for a checkpoint of a stage, kill at once."
+    process, deadline = start(folder), time.time() + 180
+    while not (folder / stage / f"checkpoint-{checkpoint}").exists():
+        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        time.sleep(.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / stage / "model").exists()
+
+
+@pytest.mark.slow
+def test_killed_in_each_stage_ends_bit_for_bit_the_same(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait(300) == 0
+    kill_in(killed, "stage1", 24)
+    kill_in(killed, "stage2", 36)
+    assert start(killed).wait(300) == 0
+    for stage in "stage1", "stage2":
+        a, b = (load_file(f / stage / "model" / "model.safetensors") for f in (whole, killed))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert bool(a["contrast.sampler.steps"] > 0)
+
+
+def test_a_stage_2_start_is_the_best_of_stage_1(tmp_path):
+    settings = make_settings("tiny", stage1_epochs=3, stage2_epochs=0)
+    _, logs = pretrain(settings, corpus(48), corpus(16, 1), tmp_path)
+    losses = [row["eval_loss"] for row in logs["stage1"] if "eval_loss" in row]
+    assert len(losses) == 3 and last_checkpoint(tmp_path / "stage1") is None
+
+
+def test_nan_stops_and_says_where(tmp_path):
+    settings = make_settings("tiny", lr=1e30, max_grad_norm=1e30, warmup_epochs=0)
+    with pytest.raises(FloatingPointError, match="the loss is (nan|inf) at step"):
+        pretrain(settings, corpus(48), corpus(16, 1), tmp_path)
+
+
+def test_more_clusters_than_sentences_trains_on(tmp_path):
+    settings = make_settings("tiny", stage1_epochs=1, stage2_epochs=0, clusters=100_000)
+    model, _ = pretrain(settings, corpus(32), corpus(8, 1), tmp_path)
+    assert not model.contrast.sampler.started
