@@ -1,7 +1,7 @@
 # Two commands: `make reproduce` and `make test`. Each sets up everything it needs inside this folder, then does its job.
 PYTHON ?= python3
 PRESET ?= laptop
-SEED ?= 0
+SEED ?= 42
 DATA ?=
 VENV := .venv
 BIN := $(VENV)/bin
