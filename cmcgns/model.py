@@ -59,6 +59,7 @@ class Method:
     margin_high: float = 0.5 # β of the bidirectional margin
     margin_weight: float = 1e-4 # weight of the bidirectional margin
     margin_over: str = 'false_negatives' # average over the 'false_negatives', or 'all_pairs', as published
+    predictor_norm: bool = True # batch normalisation in the SimSiam predictor; the published one has none
     global_weight: float = 1. # weight of the global contrast
     image_weight: float = 1. # weight of the local image loss
     report_weight: float = 1. # weight of the local report loss
@@ -66,13 +67,14 @@ class Method:
     mask_share: float = 0.5 # share of regions masked before the reconstruction
     mask_by: str = 'region' # mask by 'region', or by 'channel', as published
     rebuild_over: str = 'all' # L1 over 'all' pixels, as published, or the 'masked' regions only
+    mask_in_eval: bool = False # published slip: regions (or channels) masked in evaluation too
     scramble_local: bool = False # published slip: ResNet maps viewed, not permuted
     relu_before_tanh: bool = False # published slip: a decoder that cannot draw anything dark
     share_layers: bool = False # published slip: one decoder layer used six times
 
 # %% ../nbs/core/06_model.ipynb #c009
 PUBLISHED = dict(sentence_temperature=1., cluster_init='published', start_on='pairs', weighting='multiplicative',
-                 margin_over='all_pairs', mask_by='channel', scramble_local=True, relu_before_tanh=True, share_layers=True)
+                 margin_over='all_pairs', predictor_norm=False, mask_by='channel', mask_in_eval=True, scramble_local=True, relu_before_tanh=True, share_layers=True)
 
 def as_published(method): # a `Method`, or a record that extends it
     "The same settings with every published behaviour switched on."
@@ -157,7 +159,7 @@ class CMCGNS(PreTrainedModel):
         self.sentence_pool = SentencePool(d)
         self.report_whole, self.report_local = (nn.Linear(d, d) for _ in range(2))
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / c.global_temperature)))
-        self.attention, self.predictor = CrossAttention(d), Predictor(d)
+        self.attention, self.predictor = CrossAttention(d), Predictor(d, norm=c.predictor_norm)
         self.contrast = make_contrast(c.method)
         self.reconstruction = make_reconstruction(c, self.image_encoder.grid) if c.stage == 2 else None
         self.post_init()
@@ -195,7 +197,8 @@ class CMCGNS(PreTrainedModel):
         out.loss = c.global_weight*out.global_loss + c.image_weight*out.image_loss + c.report_weight*sentences['loss']
         if self.reconstruction is not None:
             out.rebuilt, mask = self.reconstruction(image.local, by_report)
-            out.rebuild_loss = reconstruction_loss(out.rebuilt, pixel_values[:, :1], mask, self.image_encoder.grid, over=c.rebuild_over)
+            out.rebuild_loss = reconstruction_loss(out.rebuilt, pixel_values[:, :1], mask, self.image_encoder.grid,
+                                                   over='all' if mask is None else c.rebuild_over)
             out.loss = out.loss + c.rebuild_weight*out.rebuild_loss
         return out
 
@@ -210,7 +213,7 @@ def make_contrast(m:Method)->ReportContrast:
 def make_reconstruction(c:CMCGNSConfig, grid:tuple[int,int])->Reconstruction:
     "The stage-2 decoder that fits the image encoder: convolutions for a ResNet, a transformer for a ViT."
     return Reconstruction(c.width, grid, c.image_size, kind='transformer' if c.image['model_type'] == 'vit' else 'convolution',
-                          share=c.mask_share, by=c.mask_by, relu_before_tanh=c.relu_before_tanh, share_layers=c.share_layers)
+                          share=c.mask_share, by=c.mask_by, mask_in_eval=c.mask_in_eval, relu_before_tanh=c.relu_before_tanh, share_layers=c.share_layers)
 
 # %% ../nbs/core/06_model.ipynb #c031
 def build_model(image_encoder:str, # a name of `ENCODERS` (from scratch), a local folder, or a hub id

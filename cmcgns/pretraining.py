@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ class Settings(Method):
 PRESETS = {
     'tiny': dict(image_encoder='resnet-tiny', text_encoder='bert-tiny', width=32, clusters=8, vocab_size=300, store_size=72, image_size=64,
                  max_tokens=128, batch_size=16, stage1_epochs=2, stage2_epochs=1, lr=1e-3),
-    'laptop': dict(image_encoder='resnet-18', text_encoder='bert-small', width=256, clusters=64, store_size=144, image_size=128,
+    'laptop': dict(image_encoder='resnet-18', text_encoder='bert-small', width=256, clusters=32, store_size=144, image_size=128,
                    max_tokens=128, batch_size=32, zoom=0.2, jitter=0.2, stage1_epochs=12, stage2_epochs=4, lr=3e-4, weight_decay=1e-4),
     'paper-resnet50': dict(image_encoder='microsoft/resnet-50', text_encoder='emilyalsentzer/Bio_ClinicalBERT', precision='fp16'),
     'paper-vit': dict(image_encoder='google/vit-base-patch16-224-in21k', text_encoder='emilyalsentzer/Bio_ClinicalBERT', precision='fp16'),
@@ -104,15 +104,16 @@ def check_corpus(corpus:Corpus, # pairs
 
 # %% ../nbs/core/07_pretraining.ipynb #c017
 class EpochSampler(Sampler):
-    "Keys (epoch, index) in an order that depends on the seed and the epoch alone."
+    "Keys (epoch, index) in an order that depends on the seed and the epoch alone; whole batches only."
     def __init__(self, n:int, # pairs
                  seed:int, # of the order
-    ): self.n, self.seed, self.epoch = n, seed, 0
+                 batch:int=1, # pairs a step: what is left over sits this epoch out, as a few pairs are no contrast
+    ): self.n, self.seed, self.size, self.epoch = n, seed, n // batch * batch, 0
 
-    def __len__(self)->int: return self.n
+    def __len__(self)->int: return self.size
     def set_epoch(self, epoch:int): self.epoch = epoch
     def __iter__(self)->Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)[:self.size]
         return ((self.epoch, int(i)) for i in order)
 
 # %% ../nbs/core/07_pretraining.ipynb #c019
@@ -136,7 +137,8 @@ class Pairs(Dataset):
 # %% ../nbs/core/07_pretraining.ipynb #c023
 class PairTrainer(Trainer):
     "`transformers.Trainer` with keyed batches and the terms of the loss in its log."
-    def _get_train_sampler(self, train_dataset=None): return EpochSampler(len(self.train_dataset), self.args.seed)
+    def _get_train_sampler(self, train_dataset=None): 
+        return EpochSampler(len(self.train_dataset), self.args.seed, self.args.per_device_train_batch_size * self.args.world_size)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         out = model(**inputs)
@@ -209,7 +211,7 @@ def arguments(settings:Settings, # of the run
         lr_scheduler_type='cosine', warmup_steps=min(s.warmup_epochs, epochs/2) * math.ceil(steps/s.accumulate), optim='adamw_torch', seed=s.seed, data_seed=s.seed,
         bf16=s.precision == 'bf16', fp16=s.precision == 'fp16', eval_strategy='epoch', save_strategy='epoch', save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False, logging_steps=max(1, steps//5),
-        prediction_loss_only=True, remove_unused_columns=False, dataloader_drop_last=True, report_to='none', disable_tqdm=True,
+        prediction_loss_only=True, remove_unused_columns=False, report_to='none', disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available())
 
 # %% ../nbs/core/07_pretraining.ipynb #c032
@@ -245,7 +247,8 @@ def start_stage(stage:int, # 1 or 2
 )->CMCGNS:
     "The model a stage starts from."
     if stage == 1:
-        method = Method(**{k: v for k, v in asdict(settings).items() if hasattr(Method, k)})
+        names = {f.name for f in fields(Method)}
+        method = Method(**{k: v for k, v in asdict(settings).items() if k in names})
         return build_model(settings.image_encoder, settings.text_encoder, vocab_size, settings.image_size, method, settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
