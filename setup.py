@@ -26,7 +26,9 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=["cmcgns", "cmcgns.*"]),
+    packages=find_packages(include=["cmcgns", "cmcgns.*"]) + ["cmcgns.pages"],
+    package_dir={"cmcgns.pages": "nbs/reproduce"},  # the reproduction pages travel with the library
+    package_data={"cmcgns.pages": ["*.ipynb"]},
     install_requires=requirements("requirements"),
     extras_require={"notebooks": notebooks, "dev": notebooks + dev},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

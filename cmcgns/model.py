@@ -47,6 +47,7 @@ class Method:
     clusters: int = 128 # K
     cluster_start: float = 0.4 # k-means starts once the mean pairwise cosine is at most this
     cluster_rate: float = 1e-3 # η of the centroid update
+    cluster_seed: int = 0 # of the first centroid
     cluster_init: str = 'farthest' # 'farthest' from all chosen, or 'published': from the last one only
     cluster_update: str = 'sum' # move by the 'sum' of a cluster's members, or their 'mean'
     asks: str = 'sentence' # whose nearest clusters give the negatives: the plain 'sentence', or the vector that was 'clustered'
@@ -205,7 +206,8 @@ class CMCGNS(PreTrainedModel):
 # %% ../nbs/core/06_model.ipynb #c024
 def make_contrast(m:Method)->ReportContrast:
     "The local report loss with the method's settings."
-    sampler = NegativeSampler(m.width, clusters=m.clusters, start=m.cluster_start, momentum=m.cluster_rate, init=m.cluster_init, update=m.cluster_update)
+    sampler = NegativeSampler(m.width, clusters=m.clusters, start=m.cluster_start, momentum=m.cluster_rate, init=m.cluster_init,
+                             update=m.cluster_update, seed=m.cluster_seed)
     return ReportContrast(sampler, cluster=m.cluster, asks=m.asks, start_on=m.start_on, hard=m.use_hard, false=m.use_false,
                           temperature=m.sentence_temperature, weight=m.hard_weight, weighting=m.weighting, alpha=m.margin_low,
                           beta=m.margin_high, over=m.margin_over, margin_weight=m.margin_weight)

@@ -20,6 +20,8 @@ def refused(done, *words):
     (["pretrain", "--set", "lr=fast"], ["lr=fast: expected float"]),
     (["pretrain", "--preset", "tiny", "--set", "image_encoder=resnet-51"], ["unknown image encoder 'resnet-51'", "resnet-18"]),
     (["evaluate", "pretrain-000"], ["0 runs in", "cmcgns runs"]),
+    (["pretrain", "--preset", "tiny", "--set", "mask_by=regoin"], ["mask_by=regoin: known are region, channel"]),
+    (["pretrain", "--preset", "tiny", "--set", "image_size=72"], ["cannot double to 72 pixels"]),
     (["bench", "tail"], ["unknown benchmark 'tail'", "head"]),
 ])
 def test_mistakes_get_one_sentence(run_cmcgns, arguments, words):
@@ -45,7 +47,9 @@ def test_main_job_and_again(run_cmcgns, tmp_path):
     listed = run_cmcgns("runs")
     assert all(name in listed.stdout for name in runs)
     probed = run_cmcgns("evaluate", next(n for n in runs if n.startswith("pretrain")))
-    assert probed.returncode == 0 and "AUROC" in probed.stdout
+    assert probed.returncode == 0 and "AUROC" in probed.stdout and "| 29 |" in probed.stdout, "the test part of the run's own problem"
+    refused(run_cmcgns("evaluate", "pretrain", "--preset", "laptop"), "a run has its settings")
+    refused(run_cmcgns("evaluate", "pretrain", "--data-root", tmp_path), "was trained on synthetic: leave out --data-root")
 
 
 @pytest.mark.slow

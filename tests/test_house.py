@@ -40,6 +40,10 @@ def test_readme_is_in_step():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), "run `make export`"
 
 
+def test_readme_has_its_results():
+    assert "\nRESULTS\n" not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_ruff():
     done = subprocess.run([BIN / "ruff", "check", "--no-cache", "nbs", "tests", "setup.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

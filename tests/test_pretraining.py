@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmcgns.pretraining import Corpus, last_checkpoint, make_settings, pretrain
+from cmcgns.pretraining import Corpus, Pairs, last_checkpoint, make_settings, pretrain, start_stage
+from cmcgns.text import load_tokenizer
 
 TRAIN = """
 import sys
@@ -20,7 +21,7 @@ from cmcgns.pretraining import pretrain
 torch.set_num_threads(1)
 pretrain(SETTINGS, corpus(96), corpus(16, 1), sys.argv[1])
 """
-SETTINGS = make_settings("tiny", batch_size=8, stage1_epochs=4, stage2_epochs=4, clusters=4, zoom=.2, jitter=.2)
+SETTINGS = make_settings("tiny", batch_size=8, stage1_epochs=4, stage2_epochs=4, clusters=4, cluster_start=1.1, zoom=.2, jitter=.2)
 
 
 def corpus(n, seed=0):
@@ -57,14 +58,34 @@ def test_killed_in_each_stage_ends_bit_for_bit_the_same(tmp_path):
         a, b = (load_file(f / stage / "model" / "model.safetensors") for f in (whole, killed))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert bool(a["contrast.sampler.steps"] > 0)
+    assert bool(a["contrast.sampler.started"]), "clusters were not at work when the run was killed"
 
 
-def test_a_stage_2_start_is_the_best_of_stage_1(tmp_path):
-    settings = make_settings("tiny", stage1_epochs=3, stage2_epochs=0)
-    _, logs = pretrain(settings, corpus(48), corpus(16, 1), tmp_path)
+@pytest.mark.parametrize("keep,pick", [("best", min), ("last", lambda losses: losses[-1])])
+def test_stage_2_starts_from_what_stage_1_keeps(tmp_path, keep, pick):
+    settings = make_settings("tiny", stage1_epochs=5, stage2_epochs=0, lr=1e-2, keep=keep, cluster="none")
+    model, logs = pretrain(settings, corpus(48), corpus(16, 1), tmp_path)
     losses = [row["eval_loss"] for row in logs["stage1"] if "eval_loss" in row]
-    assert len(losses) == 3 and last_checkpoint(tmp_path / "stage1") is None
+    pairs = Pairs(corpus(16, 1), load_tokenizer(tmp_path / "tokenizer"), settings)
+    with torch.no_grad():
+        assert model(**pairs.collate(list(range(16)))).loss.item() == pytest.approx(pick(losses), abs=1e-4)
+    second = start_stage(2, settings, 0, tmp_path)
+    assert all(torch.equal(second.state_dict()[k], v) for k, v in model.state_dict().items())
+    assert last_checkpoint(tmp_path / "stage1") is None
+
+
+def test_the_search_for_the_best_starts_anew_with_the_clusters(tmp_path):
+    settings = make_settings("tiny", stage1_epochs=3, stage2_epochs=0, cluster_start=1.1, clusters=4, lr=1e-6)
+    model, _ = pretrain(settings, corpus(48), corpus(16, 1), tmp_path)
+    assert model.contrast.sampler.started
+
+
+def test_a_half_deleted_checkpoint_does_not_count(tmp_path):
+    for step in 10, 20:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
+    (tmp_path / "checkpoint-10" / "complete").touch()
+    assert last_checkpoint(tmp_path).name == "checkpoint-10" and not (tmp_path / "checkpoint-20").exists()
 
 
 def test_nan_stops_and_says_where(tmp_path):

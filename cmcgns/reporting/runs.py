@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['SYNTHETIC_STUDIES', 'SHARES', 'EPOCHS', 'Run', 'run_name', 'environment', 'run_once', 'list_runs', 'find_run',
            'Problem', 'find_covid_cxr', 'open_problem', 'leave_out', 'problem_config', 'corpus_of', 'pretrain_run',
-           'encoder_of', 'load_run', 'evaluate_run', 'epochs_for', 'end_to_end']
+           'encoder_of', 'load_run', 'evaluate_run', 'problem_of', 'epochs_for', 'end_to_end']
 
 # %% ../../nbs/reporting/41_runs.ipynb #c002
 import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from filelock import FileLock
 from ..data.covid_cxr import scan_covid_cxr
 from ..data.studies import Split, Study, fingerprint, label_array, split_studies
 from ..data.synthetic import FINDINGS, synthesize
-from ..encoders import quiet_transformers
+from ..encoders import IMAGE_ENCODERS
 from ..evaluation.classification import evaluate_fractions, extract_features
 from ..image import build_cache
 from ..model import CMCGNS, Method, build_model, load_model
@@ -164,30 +163,29 @@ def problem_config(problem:Problem)->dict:
                 counts={part: len(ids) for part, ids in problem.split.parts.items()})
 
 def corpus_of(problem:Problem, part:str)->Corpus:
-    "The image-report pairs of a part."
-    rows = problem.rows(part, lambda s: bool(s.sentences))
+    "The image-report pairs of a part; studies without sentences are counted on stderr and left out."
+    rows, all_rows = problem.rows(part, lambda s: bool(s.sentences)), problem.rows(part)
+    if len(rows) < len(all_rows): print(f"{part}: {len(all_rows) - len(rows)} of {len(all_rows)} studies have no sentence and sit pre-training out", file=sys.stderr)
     return Corpus(problem.images[rows], [problem.studies[i].sentences for i in rows])
 
 # %% ../../nbs/reporting/41_runs.ipynb #c019
 def pretrain_run(problem:Problem, # what to train on
                  settings:Settings, # how
                  runs, # folder of all runs
-)->Run: # with the folders `model` and `tokenizer`, and the logs as its metrics
+)->Run: # with the folders stage1/model, stage2/model and tokenizer; the logs as its metrics
     "Pre-train in two stages, as a run; a killed one is continued."
     def compute(folder):
         train, validation = corpus_of(problem, 'train'), corpus_of(problem, 'validation')
-        model, logs = pretrain(settings, train, validation, folder)
-        with quiet_transformers(): model.save_pretrained(folder/'model')
-        for stage in 'stage1', 'stage2': shutil.rmtree(folder/stage, ignore_errors=True) # the model and its log are kept
-        return dict(pairs=dict(train=len(train.reports), validation=len(validation.reports)), logs=logs)
+        _, logs = pretrain(settings, train, validation, folder)
+        return dict(pairs=dict(train=len(train.reports), validation=len(validation.reports)), model=f'{list(logs)[-1]}/model', logs=logs)
     return run_once(runs, 'pretrain', dict(settings=asdict(settings), data=problem_config(problem)), compute)
 
 # %% ../../nbs/reporting/41_runs.ipynb #c021
-def encoder_of(pretrained:Run|None, # a pre-training run, or None for random weights
+def encoder_of(pretrained:Run|None, # a pre-training run, or None for the weights it would start from
                settings:Settings, # of the random encoder
 )->CMCGNS:
     "The model whose image encoder is to be evaluated."
-    if pretrained is not None: return load_model(pretrained.folder/'model')
+    if pretrained is not None: return load_model(pretrained.folder/pretrained.metrics['model'])
     method = Method(**{f.name: getattr(settings, f.name) for f in fields(Method)})
     return build_model(settings.image_encoder, settings.text_encoder, settings.vocab_size, settings.image_size, method, settings.seed).eval()
 
@@ -196,12 +194,12 @@ def load_run(run:Run, # a pre-training run
 )->tuple[CMCGNS, Callable]: # the model in evaluation mode; from lists of sentences to its input
     "A pre-trained model, and what turns reports into its input."
     tokenizer, settings = load_tokenizer(run.folder/'tokenizer'), run.config['settings']
-    return load_model(run.folder/'model'), lambda reports: encode_reports(tokenizer, reports, settings['max_tokens'])
+    return load_model(run.folder/run.metrics['model']), lambda reports: encode_reports(tokenizer, reports, settings['max_tokens'])
 
 # %% ../../nbs/reporting/41_runs.ipynb #c023
 def evaluate_run(problem:Problem, # what to evaluate on
                  settings:Settings, # of the encoder
-                 pretrained:Run|None, # its weights: a pre-training run, or None for random ones
+                 pretrained:Run|None, # its weights: a pre-training run, or None for those it would start from
                  runs, # folder of all runs
                  fractions:Sequence[float]=(.01, .1, 1.), # shares of the labels
                  seeds:Sequence[int]=(0, 1, 2), # of the label subsets
@@ -214,13 +212,26 @@ def evaluate_run(problem:Problem, # what to evaluate on
         rows, scores = evaluate_fractions(features, label_array(problem.studies, problem.targets), problem.studies, problem.split, problem.targets,
                                           fractions=fractions, seeds=seeds, solver=solver)
         np.savez(folder/'scores.npz', **scores)
-        return dict(encoder='pretrained' if pretrained else 'random', rows=rows)
-    config = dict(encoder=pretrained.folder.name if pretrained else 'random', settings=asdict(settings), data=problem_config(problem),
+        return dict(encoder=name, rows=rows)
+    name = 'pre-trained' if pretrained else 'random' if settings.image_encoder in IMAGE_ENCODERS else 'initial'
+    config = dict(encoder=pretrained.folder.name if pretrained else name, settings=asdict(settings), data=problem_config(problem),
                   targets=list(problem.targets), fractions=list(fractions), seeds=list(seeds), solver=solver)
     return run_once(runs, 'classify', config, compute)
 
 # %% ../../nbs/reporting/41_runs.ipynb #c025
-EPOCHS = {('laptop', 'covid_cxr'): dict(stage1_epochs=40, stage2_epochs=8)} # where the preset's own epochs do not fit the data set
+EPOCHS = {('laptop', 'covid_cxr'): dict(stage1_epochs=8, stage2_epochs=32, keep='last')} # where the preset's own do not fit the data set
+
+def problem_of(run:Run, # a pre-training run
+               data_root, # where its real data lie, or None if it is synthetic
+               cache, # as for `open_problem`
+)->Problem:
+    "The problem that a run was trained on, or a `ValueError`: other studies could put its training patients into the test part."
+    data, settings = run.config['data'], run.config['settings']
+    if (data['dataset'] == 'synthetic') != (data_root is None):
+        raise ValueError(f"{run.folder.name} was trained on {data['dataset']}: {'leave out' if data_root else 'give'} --data-root")
+    problem = open_problem(data_root, cache, settings['store_size'], sum(data['counts'].values()))
+    if problem_config(problem) != data: raise ValueError(f"{run.folder.name} was trained on other studies, or another split, than those found now")
+    return problem
 
 def epochs_for(preset:str, data_root)->dict:
     "Changes of a preset that its data set needs."

@@ -60,5 +60,5 @@ def comparison_rows(random:Run, pretrained:Run)->list[dict]: # a row a fraction
     "The table of the main job."
     first, second, differences = probe_rows(random), probe_rows(pretrained), difference_rows(random, pretrained)
     name = list(first[0])[-1]
-    return [{k: r[k] for k in r if k not in ('encoder', name)} | {f'random {name}': r[name], f'pre-trained {name}': p[name],
+    return [{k: v for k, v in r.items() if k not in ('encoder', name)} | {f"{r['encoder']} {name}": r[name], f"{p['encoder']} {name}": p[name],
              'difference [95 %]': f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"} for r, p, d in zip(first, second, differences)]
