@@ -219,7 +219,7 @@ def evaluate_run(problem:Problem, # what to evaluate on
     return run_once(runs, 'classify', config, compute)
 
 # %% ../../nbs/reporting/41_runs.ipynb #c025
-EPOCHS = {('laptop', 'covid_cxr'): dict(stage1_epochs=8, stage2_epochs=32, keep='last')} # where the preset's own do not fit the data set
+EPOCHS = {('laptop', 'covid_cxr'): dict(stage1_epochs=6, stage2_epochs=16, keep='last')} # where the preset's own do not fit the data set
 
 def problem_of(run:Run, # a pre-training run
                data_root, # where its real data lie, or None if it is synthetic
