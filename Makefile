@@ -37,7 +37,7 @@ reproduce: $(READY)
 	$(BIN)/cmcgns reproduce --preset $(PRESET) --seed $(SEED) $(if $(DATA),--data-root '$(DATA)')
 
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest tests -m 'not slow'
