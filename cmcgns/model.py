@@ -152,7 +152,12 @@ class CMCGNS(PreTrainedModel):
 
     def __init__(self, config:CMCGNSConfig):
         super().__init__(config)
-        c, d = config, config.width
+        self.build(config)
+        self.post_init()
+
+    def build(self, c:CMCGNSConfig):
+        "The parts, in the order in which data meet them."
+        d = c.width
         self.image_encoder = ImageEncoder(AutoConfig.for_model(**c.image), c.image_size, pool=c.image_pool, scramble_local=c.scramble_local)
         self.text_encoder = TextEncoder(AutoConfig.for_model(**c.text))
         self.image_whole, self.image_local = (nn.Linear(self.image_encoder.width, d) for _ in range(2))
@@ -163,7 +168,6 @@ class CMCGNS(PreTrainedModel):
         self.attention, self.predictor = CrossAttention(d), Predictor(d, norm=c.predictor_norm)
         self.contrast = make_contrast(c.method)
         self.reconstruction = make_reconstruction(c, self.image_encoder.grid) if c.stage == 2 else None
-        self.post_init()
 
     def _init_weights(self, module): "Each part has set its own weights when it was built."
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CHOICES', 'POSITIVE', 'Settings', 'make_settings', 'parse_changes', 'check_settings', 'Corpus',
-           'check_corpus', 'EpochSampler', 'Pairs', 'PairTrainer', 'Bar', 'remove_checkpoint', 'KeepWhole',
+           'check_corpus', 'EpochSampler', 'Pairs', 'collate', 'PairTrainer', 'Bar', 'remove_checkpoint', 'KeepWhole',
            'last_checkpoint', 'BestSinceStart', 'save_whole', 'arguments', 'train_stage', 'make_tokenizer',
            'start_stage', 'pretrain']
 
@@ -60,7 +60,7 @@ PRESETS = {
     'tiny': dict(image_encoder='resnet-tiny', text_encoder='bert-tiny', width=32, clusters=8, vocab_size=300, store_size=72, image_size=64,
                  max_tokens=128, batch_size=16, stage1_epochs=2, stage2_epochs=1, lr=1e-3),
     'laptop': dict(image_encoder='resnet-18', text_encoder='bert-tiny', width=256, clusters=32, store_size=144, image_size=128,
-                   max_tokens=128, batch_size=32, zoom=0.2, jitter=0.2, stage1_epochs=13, stage2_epochs=3, lr=5e-4, weight_decay=1e-4),
+                   max_tokens=128, batch_size=32, zoom=0.2, jitter=0.2, stage1_epochs=10, stage2_epochs=3, lr=5e-4, weight_decay=1e-4),
     'paper-resnet50': dict(image_encoder='microsoft/resnet-50', text_encoder='emilyalsentzer/Bio_ClinicalBERT', precision='fp16'),
     'paper-vit': dict(image_encoder='google/vit-base-patch16-224-in21k', text_encoder='emilyalsentzer/Bio_ClinicalBERT', precision='fp16'),
 }
@@ -141,14 +141,14 @@ class EpochSampler(Sampler):
 
 # %% ../nbs/core/07_pretraining.ipynb #c022
 class Pairs(Dataset):
-    "Pairs by key; `collate` makes a batch of them: one crop and one tokenisation for all."
+    "Pairs by key; `batch` makes the model's input of several: one crop and one tokenisation for all."
     def __init__(self, corpus:Corpus, tokenizer:PreTrainedTokenizerBase, settings:Settings):
         self.corpus, self.tokenizer, self.settings = corpus, tokenizer, settings
 
     def __len__(self)->int: return len(self.corpus.reports)
-    def __getitem__(self, key): return key # (epoch, index) in training, index in evaluation
+    def __getitem__(self, key): return self, key # (epoch, index) in training, index in evaluation
 
-    def collate(self, keys)->dict[str, Tensor]:
+    def batch(self, keys)->dict[str, Tensor]:
         "The model's input for these keys: augmented for (epoch, index), a centre crop for an index."
         s, augmented = self.settings, isinstance(keys[0], tuple)
         indices = [k[1] for k in keys] if augmented else list(keys)
@@ -156,6 +156,10 @@ class Pairs(Dataset):
         pixels = (augment(images, s.image_size, s.seed, keys[0][0], indices, jitter=s.jitter, zoom=s.zoom) if augmented
                   else normalise(centre_crop(images, s.image_size)))
         return dict(pixel_values=pixels) | encode_reports(self.tokenizer, [self.corpus.reports[i] for i in indices], s.max_tokens)
+
+def collate(items)->dict[str, Tensor]:
+    "A batch of items; each brings its pairs along, because `Trainer` has one collator for training and validation."
+    return items[0][0].batch([key for _, key in items])
 
 # %% ../nbs/core/07_pretraining.ipynb #c026
 class PairTrainer(Trainer):
@@ -263,7 +267,7 @@ def train_stage(model:CMCGNS, # where to start
 )->tuple[CMCGNS, list[dict]]: # the best epoch's model in evaluation mode, the log
     "Train for one stage, or go on with it; `settings.keep` says which epoch is returned."
     settings = replace_fields(settings, batch_size=min(settings.batch_size, len(train)))
-    trainer = PairTrainer(model, arguments(settings, epochs, folder, len(train)//settings.batch_size), train.collate, train, validation,
+    trainer = PairTrainer(model, arguments(settings, epochs, folder, len(train)//settings.batch_size), collate, train, validation,
                           callbacks=[Bar(title), KeepWhole(), BestSinceStart()])
     for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
     start = last_checkpoint(folder)

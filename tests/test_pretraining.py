@@ -68,7 +68,7 @@ def test_stage_2_starts_from_what_stage_1_keeps(tmp_path, keep, pick):
     losses = [row["eval_loss"] for row in logs["stage1"] if "eval_loss" in row]
     pairs = Pairs(corpus(16, 1), load_tokenizer(tmp_path / "tokenizer"), settings)
     with torch.no_grad():
-        assert model(**pairs.collate(list(range(16)))).loss.item() == pytest.approx(pick(losses), abs=1e-4)
+        assert model(**pairs.batch(list(range(16)))).loss.item() == pytest.approx(pick(losses), abs=1e-4)
     second = start_stage(2, settings, 0, tmp_path)
     assert all(torch.equal(second.state_dict()[k], v) for k, v in model.state_dict().items())
     assert last_checkpoint(tmp_path / "stage1") is None

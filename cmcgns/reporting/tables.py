@@ -13,7 +13,7 @@ import numpy as np
 from ..evaluation.classification import compare_encoders
 from .runs import Run
 
-# %% ../../nbs/reporting/42_tables.ipynb #c005
+# %% ../../nbs/reporting/42_tables.ipynb #c004
 def markdown(rows:Sequence[Mapping], # all with the same keys
 )->str:
     "Rows as a Markdown table."
@@ -21,7 +21,7 @@ def markdown(rows:Sequence[Mapping], # all with the same keys
     line = lambda cells: '| ' + ' | '.join(map(str, cells)) + ' |'
     return '\n'.join([line(columns), line('---' for _ in columns), *(line(r[c] for c in columns) for r in rows)])
 
-# %% ../../nbs/reporting/42_tables.ipynb #c007
+# %% ../../nbs/reporting/42_tables.ipynb #c006
 def save_csv(rows:Sequence[Mapping], # all with the same keys
              path, # where
 ):
@@ -29,7 +29,7 @@ def save_csv(rows:Sequence[Mapping], # all with the same keys
     import pandas as pd
     pd.DataFrame(rows).to_csv(path, index=False)
 
-# %% ../../nbs/reporting/42_tables.ipynb #c009
+# %% ../../nbs/reporting/42_tables.ipynb #c008
 def by_fraction(rows:Sequence[Mapping])->dict[float, list[Mapping]]: # fraction -> its rows, one a seed
     "Rows of a probe, grouped."
     return {f: [r for r in rows if r['fraction'] == f] for f in sorted({r['fraction'] for r in rows})}
@@ -49,7 +49,7 @@ def probe_rows(run:Run, # of an evaluation
              'n test': rows[0]['n_test'], 'label seeds': len(rows), f"{rows[0]['metric'].upper()} mean ± std [95 %]": summarise(rows)}
             for f, rows in by_fraction(metrics['rows']).items()]
 
-# %% ../../nbs/reporting/42_tables.ipynb #c013
+# %% ../../nbs/reporting/42_tables.ipynb #c012
 def difference_rows(random:Run, pretrained:Run)->list[dict]: # a row a fraction: fraction, difference, low, high, n_test, seeds
     "Pre-trained minus random, with the interval of the paired bootstrap."
     a, b = (dict(np.load(r.folder/'scores.npz')) for r in (pretrained, random))
