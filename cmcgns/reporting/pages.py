@@ -14,8 +14,8 @@ from pathlib import Path
 def page_path(name:str, # e.g. 'end_to_end'
 )->Path:
     "Where a reproduction page lies, in a checkout or in the installed package."
-    beside = Path(__file__).parents[2]/'nbs'/'reproduce' if '__file__' in globals() else Path('../reproduce')
-    places = [beside, Path(str(files('cmcgns')))/'pages']
+    package = Path(str(files('cmcgns')))
+    places = [package.parent/'nbs'/'reproduce', package/'pages']
     for place in places:
         if (place/f'{name}.ipynb').exists(): return place/f'{name}.ipynb'
     known = sorted(p.stem for place in places if place.is_dir() for p in place.glob('*.ipynb'))
