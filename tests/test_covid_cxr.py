@@ -1,16 +1,21 @@
-"The COVID-19 image data collection: exact counts on the real files, and broken clones."
+"The COVID-19 image data collection: exact counts on the real files, clones that are written, and broken ones."
 import csv
 import json
 import logging
 import re
 import shutil
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cmcgns.data.covid_cxr import BOXES, MASKS, SAME_PATIENT, join_patients, load_covid_cxr, read_lung_boxes, read_table, scan_covid_cxr, split_findings
-from cmcgns.data.studies import check_disjoint, fingerprint, load_studies, save_studies, split_studies
+from cmcgns.data.covid_cxr import (
+    BOXES, MASKS, SAME_PATIENT, SEVERITY, box_lungs, find_covid_cxr, join_patients, load_covid_cxr, make_header, read_lung_boxes, read_severity, read_table, scan_covid_cxr, split_findings, write_covid_cxr,
+)
+from cmcgns.data.studies import Box, Runs, Study, check_disjoint, fingerprint, load_studies, read_mask, save_studies, split_studies
+from cmcgns.data.synthetic import synthesize
+from cmcgns.image import read_image
 from PIL import Image
 
 HEADER = "patientid,finding,view,modality,folder,filename,clinical_notes\n"
@@ -153,6 +158,186 @@ def test_a_missing_film_is_refused_when_asked(clone):
         load_covid_cxr(clone, on_missing="raise")
 
 
+def test_without_images_nothing_is_missing(clone, found, tmp_path):
+    table = scan_covid_cxr(clone, need_images=False)
+    assert len(table.studies) == 566 and Counter(s.reason for s in table.skipped) == {"modality CT": 84, "view L": 58, "view not given": 35, "view ?": 4, "listed before": 4}
+    shutil.copy(clone / "metadata.csv", tmp_path)
+    alone = scan_covid_cxr(tmp_path, need_images=False)
+    assert [(s.id, s.labels, s.sentences) for s in alone.studies] == [(s.id, s.labels, s.sentences) for s in table.studies]
+
+
+def test_where_it_is(clone, tmp_path):
+    assert find_covid_cxr(clone) == find_covid_cxr(str(clone.parent)) == clone and find_covid_cxr(clone / "images") is None
+    assert find_covid_cxr(tmp_path) is find_covid_cxr(tmp_path / "nothing") is find_covid_cxr(clone / "metadata.csv") is None
+    for i, other in enumerate(["subject_id,study_id,dicom_id\n", "", "\0\1\2", "\n\n", "x" * 100_000]):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "metadata.csv").write_text(other)
+    assert find_covid_cxr(tmp_path) is None
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + b'"patientid","offset","finding","clinical_notes"\r\n')
+    assert find_covid_cxr(tmp_path) == tmp_path / "z"
+
+
+# a header
+
+def test_headers_of_the_real_films(clone, found):
+    told = scan_covid_cxr(clone, header=True)
+    assert [s.id for s in told.studies] == [s.id for s in found.studies]
+    for s, plain in zip(told.studies, found.studies):
+        ours = s.sentences[:len(s.sentences) - len(plain.sentences)]
+        assert len(ours) in (1, 2) and s.sentences == (*ours, *plain.sentences) and s.report["notes"] == plain.report["notes"]
+        assert ". ".join(ours) + "." == s.report["header"] and "header" not in plain.report
+        assert ours[0] == f"{s.view.lower()} chest radiograph" and replace(s, sentences=plain.sentences, report=plain.report) == plain
+    first = Counter(s.sentences[0] for s in told.studies)
+    assert first == {"pa chest radiograph": 305, "ap supine chest radiograph": 135, "ap chest radiograph": 115}
+    people = Counter(s.sentences[1] for s in told.studies if len(s.report["header"].split(". ")) > 1)
+    assert sum(people.values()) == 517 and sum(n for p, n in people.items() if "year old" in p) == 414
+    assert sum(n for p, n in people.items() if p in ("a male patient", "a female patient")) == 103
+    assert sum(s.sentences in [("pa chest radiograph",), ("ap chest radiograph",), ("ap supine chest radiograph",)] for s in told.studies) == 6
+
+
+def test_the_view_is_no_innocent_word(found):
+    known = Counter((s.view, s.labels["COVID-19"]) for s in found.studies if s.labels["COVID-19"] is not None)
+    assert (known["AP Supine", 1], known["AP Supine", 0]) == (120, 12) and (known["PA", 1], known["PA", 0]) == (216, 77)
+
+
+def test_a_table_without_sex_and_age(tmp_path):
+    study, = load_covid_cxr(make_clone(tmp_path / "a", ROW), header=True)
+    assert study.sentences == ("pa chest radiograph", "clear lungs") and study.report == {"header": "pa chest radiograph.", "notes": "Clear lungs."}
+
+
+@pytest.mark.parametrize("sex, age, says", [("M", "65", "a 65 year old man"), ("f", "65.0", "a 65 year old woman"), ("", "8", "an 8 year old patient"), ("M", "11", "an 11 year old boy"), ("F", "17", "a 17 year old girl"),
+                                            ("M", "18", "an 18 year old man"), ("F", "89", "an 89 year old woman"), ("M", "110", "a 110 year old man"), ("M", "60s", "a man in his 60s"), ("", "70's", "a patient in their 70s"),
+                                            ("M", "", "a male patient"), ("F", "nan", "a female patient"), ("?", "?", ""), ("X", "1e3", ""), ("", "-5", ""), ("", "0", ""), ("", "400", ""), ("M", "20-30", "a male patient")])
+def test_people_in_words(sex, age, says):
+    assert make_header(dict(view="", sex=sex, age=age)) == (says and f"{says}.")
+
+
+# severity
+
+def test_real_severity_scores(clone, found):
+    scores = read_severity(clone)
+    films = {s.id for s in found.studies}
+    assert len(scores) == 94 and set(scores) - films == {"covid-19-pneumonia-14-PA.png"} # of a film that is not in the folder
+    assert scores["01E392EE-69F9-4E33-BFCE-E5C968654078.jpeg"] == (6., 4.) and max(s.extent for s in scores.values()) <= 8 and max(s.opacity for s in scores.values()) <= 6
+    assert min(scores.values()) == (0, 0)
+
+
+@pytest.mark.parametrize("content, says", [
+    ("", None), ("## only comments,,\n", None), ("name,extent\na,1\n", "row 1: expected the columns filename, geographic_mean, opacity_mean"),
+    ("## c\nfilename,geographic_mean,opacity_mean\na.png,1\n", "row 3: expected a file name and two numbers"),
+    ("filename,geographic_mean,opacity_mean\na.png,1,two\n", "row 2: expected a file name and two numbers .could not convert string to float: 'two'"),
+    ("filename,geographic_mean,opacity_mean\na.png,nan,1\n", "row 2: nan, 1.0 is no extent of 0 to 8 and opacity of 0 to 6"),
+    ("filename,geographic_mean,opacity_mean\na.png,1,6.5\n", "row 2: 1.0, 6.5 is no extent")])
+def test_severity_scores_that_are_none(tmp_path, content, says):
+    (tmp_path / SEVERITY).parent.mkdir()
+    with pytest.raises(FileNotFoundError, match="covid-severity-scores.csv: there is no such file; restore it with"):
+        read_severity(tmp_path)
+    (tmp_path / SEVERITY).write_text(content)
+    with pytest.raises(ValueError, match=says or "no row with scores") as error:
+        read_severity(tmp_path)
+    one_sentence(error)
+
+
+# written clones
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return synthesize(200, tmp_path_factory.mktemp("world"), size=128, masks=True)
+
+
+def overlap(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_two_hundred_synthetic_studies_come_back(world, tmp_path):
+    root = write_covid_cxr(world, tmp_path / "covid")
+    back = scan_covid_cxr(root, on_missing="raise")
+    assert back.skipped == [] and len(back.studies) == 200 and find_covid_cxr(tmp_path) == root
+    findings = {k for s in world for k, v in s.labels.items() if v} - {"devices", "foreign object"}
+    assert len(findings) >= 7
+    for s, r in zip(world, back.studies):
+        expected = {k.capitalize(): s.labels[k] for k in findings}
+        assert r.labels == expected | {"No Finding": float(not any(expected.values()))}
+        assert (r.id, r.patient, r.view, r.sentences) == (f"{s.id}.png", s.patient, s.view, s.sentences)
+        assert (read_image(r.image) == read_image(s.image)).all()
+        mask, again = read_mask(s.masks["lungs"]), read_mask(r.masks["lungs"])
+        assert overlap(mask, again) >= .99
+        assert [b.label for b in r.boxes] == ["right lung", "left lung"]
+        right, left = r.boxes
+        for box in r.boxes: # tight, so within a pixel of whatever is in it
+            inside = again[int(box.y):int(box.y + box.h), int(box.x):int(box.x + box.w)]
+            assert inside.any(0).all() and inside[[0, -1]].any(1).all()
+        covered = np.zeros_like(again)
+        for b in r.boxes: covered[int(b.y):int(b.y + b.h), int(b.x):int(b.x + b.w)] = True
+        assert right.x + right.w <= left.x and (covered | ~again).all()
+    coco = json.loads((root / BOXES).read_text())
+    assert len(coco["images"]) == 200 and [a["id"] for a in coco["annotations"]] == list(range(1, 401))
+    check_disjoint(back.studies, split_studies(back.studies, stratify="Pneumonia" if "pneumonia" in findings else "Effusion"))
+
+
+def test_boxes_that_are_given_come_back_as_they_are(world, tmp_path):
+    given = Box("left lung", 60.25, 20, 41.5, 70), Box("right lung", 10, 20.75, 41, 70)
+    studies = [replace(world[0], boxes=(*given, Box("effusion", 1, 2, 3, 4))), replace(world[1], masks={}), replace(world[2], masks={"lungs": Runs(128, 128, (), ())})]
+    back = load_covid_cxr(write_covid_cxr(studies, tmp_path / "a"))
+    assert [s.boxes for s in back] == [given, (), ()] and [list(s.masks) for s in back] == [["lungs"], [], ["lungs"]]
+    assert not read_mask(back[2].masks["lungs"]).any()
+
+
+def test_the_real_collection_comes_back(clone, found, tmp_path):
+    back = load_covid_cxr(write_covid_cxr(found.studies, tmp_path / "again"))
+    assert len(back) == 555
+    unnamed = set(found.studies[0].labels) - set(back[0].labels)
+    assert unnamed == {"Chlamydophila"} and not any(s.labels["Chlamydophila"] for s in found.studies) # only other views have it
+    for s, r in zip(found.studies, back):
+        labels = {k: v for k, v in s.labels.items() if k not in unnamed}
+        assert replace(r, image=s.image, masks=s.masks, boxes=s.boxes, report=s.report) == replace(s, labels=labels)
+        assert r.report["notes"] == s.report["notes"] and list(r.masks) == list(s.masks)
+        assert sorted(r.boxes) == sorted(s.boxes or (box_lungs(read_mask(s.masks["lungs"])) if s.masks else ()))
+        if s.masks: assert (read_mask(r.masks["lungs"]) == read_mask(s.masks["lungs"])).all()
+
+
+def test_names_of_findings(world, tmp_path):
+    names = {"consolidation": "COVID-19", "pneumonia": "COVID-19", **{k: "" for k in world[0].labels if k not in ("consolidation", "pneumonia")}}
+    back = load_covid_cxr(write_covid_cxr(world[:60], tmp_path / "a", names))
+    assert [s.labels["COVID-19"] for s in back] == [float(bool(s.labels["consolidation"] or s.labels.get("pneumonia"))) for s in world[:60]]
+    assert set(back[0].labels) == {"COVID-19", "No Finding"}
+
+
+def test_views_notes_and_kinds_of_images(tmp_path):
+    image = np.arange(6400, dtype=np.uint8).reshape(80, 80)
+    for name in "a.png", "b.JPEG", "c.bmp": Image.fromarray(image).save(tmp_path / name)
+    studies = [Study("p1/s1", tmp_path / "a.png", "1", ("no effusion", "fever of 38 5 c and no 3 in e g dr lee"), view="LL"),
+               Study("b.JPEG", tmp_path / "b.JPEG", "2", ("a b",), {"edema": None}, "AP Supine", report={"findings": "Clear. No change.", "impression": "1. Well."}),
+               Study("c", tmp_path / "c.bmp", "3", labels={"edema": 1.}, view="PA")]
+    found = scan_covid_cxr(write_covid_cxr(studies, tmp_path / "clone"), views=["L", "PA", "AP Supine"])
+    one, two, three = found.studies
+    assert [s.id for s in found.studies] == ["p1_s1.png", "b.JPEG", "c.png"] and [s.view for s in found.studies] == ["L", "AP Supine", "PA"]
+    assert one.sentences == studies[0].sentences and two.report["notes"] == "1. Well.\n\nClear. No change." and three.sentences == ()
+    assert two.labels == {"Edema": None} and one.labels == {"Edema": None} and three.labels == {"Edema": 1.}
+    assert two.image.read_bytes() == (tmp_path / "b.JPEG").read_bytes() and (read_image(three.image) == image).all()
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(id="s1"), "study 's1': there is another one of the name s1, and both would have the same mask; give it another id"),
+    (dict(labels={"edema": None, "nodule": 1.}), r"study 's2': 'edema' is unknown and others are known, the table can only leave all of them open; leave it out with names={'edema': ''}"),
+    (dict(labels={"Todo": 1.}), "study 's2': a finding 'Todo' would be read as something else; give it another name with names"),
+    (dict(labels={"Lung/Opacity": 1.}), "a finding 'Lung/Opacity' would be read as something else")])
+def test_studies_that_the_layout_cannot_hold(tmp_path, change, says):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    study = Study("s2", tmp_path / "a.png", "1")
+    with pytest.raises(ValueError) as error:
+        write_covid_cxr([replace(study, id="s1"), replace(study, **change)], tmp_path / "clone")
+    assert says in one_sentence(error) and find_covid_cxr(tmp_path) is None # half a clone is none
+
+
+def test_masks_of_odd_shapes():
+    one = np.zeros((9, 9), bool)
+    one[4, 4] = True
+    assert box_lungs(one) == (Box("left lung", 4, 4, 1, 1),)
+    assert {b.label for b in box_lungs(np.ones((4, 7), bool))} == {"right lung", "left lung"} and sum(b.w for b in box_lungs(np.ones((4, 7), bool))) == 7
+
+
 # broken clones
 
 def make_clone(root, rows, header=HEADER, images=("a.png", "b.png")):
@@ -187,7 +372,7 @@ def test_no_folder_no_table_no_column(tmp_path):
 
 @pytest.mark.parametrize("content, says", [(b"", "column 'patientid' is missing, the columns are none"), (b"\x00\x01\x02", "is missing|not CSV"),
                                            (b"<!DOCTYPE html><html>Not Found</html>", "column 'patientid' is missing"),
-                                           (HEADER.encode() + b'1,COVID-19,PA,X-ray,images,a.png,"' + b"x" * 200_000, "after line 1: not CSV .field larger than field limit"),
+                                           (HEADER.encode() + b'1,COVID-19,PA,X-ray,images,a.png,"' + b"x" * 200_000, "after row 1: not CSV .field larger than field limit"),
                                            (HEADER.encode(), "none of 0 rows became a study .rows skipped: none")])
 def test_a_table_that_is_none(tmp_path, content, says):
     (tmp_path / "metadata.csv").write_bytes(content)
