@@ -204,6 +204,7 @@ def two_rank_contrast(rank, folder):
     loss = global_contrast(x, y, scale, gather=True)
     loss.backward()
     torch.save([t.detach() for t in (loss, x.grad, y.grad, scale.grad)], f'{folder}/{rank}.pt')
+    dist.barrier() # a process that leaves early takes the other's connection with it
     dist.destroy_process_group()
 
 

@@ -14,7 +14,12 @@ def refused(done, *words):
 
 
 @pytest.mark.parametrize("arguments,words", [
-    (["reproduce", "--data-root", "nowhere"], ["nowhere: no such folder"]),
+    (["reproduce", "--data-root", "nowhere"], ["nowhere: there is no such folder"]),
+    (["pretrain", "--preset", "tiny", "--data-root", "."], ["none of covid_cxr, openi", "data/README.md"]),
+    (["pretrain", "--preset", "tiny", "--data-root", ".", "--dataset", "rnsa"], ["unknown data set 'rnsa'", "rsna"]),
+    (["data", "check", "nowhere"], ["nowhere: there is no such folder"]),
+    (["data", "check", "."], ["none of covid_cxr, openi"]),
+    (["data", "synthesize", "x", "--layout", "nih"], ["unknown layout 'nih'", "chexpert"]),
     (["pretrain", "--preset", "labtop"], ["unknown preset 'labtop'", "tiny, laptop"]),
     (["pretrain", "--set", "learning_rate=1"], ["unknown field 'learning_rate'", "lr"]),
     (["pretrain", "--set", "lr=fast"], ["lr=fast: expected float"]),
@@ -49,7 +54,11 @@ def test_main_job_and_again(run_cmcgns, tmp_path):
     probed = run_cmcgns("evaluate", next(n for n in runs if n.startswith("pretrain")))
     assert probed.returncode == 0 and "AUROC" in probed.stdout and "| 29 |" in probed.stdout, "the test part of the run's own problem"
     refused(run_cmcgns("evaluate", "pretrain", "--preset", "laptop"), "a run has its settings")
-    refused(run_cmcgns("evaluate", "pretrain", "--data-root", tmp_path), "was trained on synthetic: leave out --data-root")
+    refused(run_cmcgns("evaluate", "pretrain", "--data-root", tmp_path), "none of covid_cxr")
+    made = run_cmcgns("data", "synthesize", "films", "--layout", "rsna", "--studies", "60", "--size", "96")
+    assert made.returncode == 0, made.stderr[-3000:]
+    other = run_cmcgns("evaluate", "pretrain", "--data-root", "films")
+    assert other.returncode == 0 and "synthetic rsna" in other.stdout and "| 12 |" in other.stdout, "a run is evaluated on another data set"
 
 
 @pytest.mark.slow

@@ -375,6 +375,7 @@ def two_rank_sampler(rank, folder, start_on, update):
         sampler.observe(points, others if start_on == 'pairs' else None)
         states.append({k: v.clone() for k, v in sampler.state_dict().items()})
     torch.save(states, f'{folder}/{rank}.pt')
+    dist.barrier() # a process that leaves early takes the other's connection with it
     dist.destroy_process_group()
 
 
@@ -413,6 +414,7 @@ def two_rank_training(rank, folder):
         model(torch.randn(6 + rank, 6, generator=g)).backward()
         optimiser.step()
     torch.save(head.state_dict(), f'{folder}/{rank}.pt')
+    dist.barrier() # a process that leaves early takes the other's connection with it
     dist.destroy_process_group()
 
 
