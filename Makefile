@@ -1,11 +1,13 @@
 # Two commands: `make reproduce` and `make test`. Each sets up everything it needs inside this folder, then does its job.
 PYTHON ?= python3
 PRESET ?= laptop
-SEED ?= 42
+SEEDS ?= 42
+TABLES ?= main
 DATA ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DOCS := $(VENV)/docs-ready
 
 # Caches of the tools we call stay in this folder too.
 export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
@@ -18,13 +20,15 @@ export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help reproduce test test-fast export lab clean
+.PHONY: help reproduce test test-fast export docs lab clean
 
 help:
-	@echo 'make reproduce              pre-train in both stages on synthetic data, probe, and make the report (results/)'
+	@echo 'make reproduce              pre-train in both stages on synthetic data, evaluate, and make the report (results/)'
 	@echo 'make reproduce DATA=FOLDER  the same on a clone of covid-chestxray-dataset found in FOLDER'
+	@echo 'make reproduce TABLES=all   every table and figure; PRESET=tiny for a quick look, SEEDS=42,43,44 for more than one'
 	@echo 'make test                   every page, the test suite, the export and README checks'
 	@echo 'make export                 nbdev_export, nbdev_clean and README.md from nbs/index.ipynb'
+	@echo 'make docs                   the documentation, to be opened at _docs/index.html'
 	@echo 'make lab                    JupyterLab on nbs/'
 
 $(READY): settings.ini setup.py constraints.txt
@@ -36,7 +40,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@touch $(READY)
 
 reproduce: $(READY)
-	$(BIN)/cmcgns reproduce --preset $(PRESET) --seed $(SEED) $(if $(DATA),--data-root '$(DATA)')
+	$(BIN)/cmcgns reproduce --tables $(TABLES) --preset $(PRESET) --seeds $(SEEDS) $(if $(DATA),--data-root '$(DATA)')
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
@@ -49,8 +53,16 @@ export: $(READY)
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/readme.py
 
+$(DOCS): $(READY)
+	@echo 'Installing what the documentation needs into $(VENV) (once)'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $(DOCS)
+
+docs: $(DOCS)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/build.py _docs
+
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
 clean:
-	rm -rf $(VENV) runs results cache build dist *.egg-info
+	rm -rf $(VENV) runs results cache build dist _docs *.egg-info

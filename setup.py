@@ -14,7 +14,7 @@ def requirements(key):
     return cfg.get(key, "").split()
 
 
-notebooks, dev = requirements("notebooks_requirements"), requirements("dev_requirements")
+notebooks, docs, dev = (requirements(f"{extra}_requirements") for extra in ("notebooks", "docs", "dev"))
 
 setup(
     name=cfg["lib_name"],
@@ -26,11 +26,11 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=["cmcgns", "cmcgns.*"]) + ["cmcgns.pages"],
-    package_dir={"cmcgns.pages": "nbs/reproduce"},  # the reproduction pages travel with the library
-    package_data={"cmcgns.pages": ["*.ipynb"]},
+    packages=find_packages(include=["cmcgns", "cmcgns.*"]) + ["cmcgns.pages", "cmcgns.published"],
+    package_dir={"cmcgns.pages": "nbs/reproduce", "cmcgns.published": "data"},  # pages and published numbers travel with the library
+    package_data={"cmcgns.pages": ["*.ipynb"], "cmcgns.published": ["published_results.csv"]},
     install_requires=requirements("requirements"),
-    extras_require={"notebooks": notebooks, "dev": notebooks + dev},
+    extras_require={"notebooks": notebooks, "docs": docs, "dev": notebooks + dev},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -21,11 +21,19 @@ from cmcgns.reporting.plots import (
     plot_clusters,
     plot_fractions,
     plot_losses,
+    plot_means,
+    plot_moments,
     plot_reconstructions,
+    plot_reconstructions_by,
+    plot_regions,
+    plot_sentence,
     plot_studies,
+    plot_training,
     project,
     render,
     save_figure,
+    save_pictures,
+    title_of,
 )
 
 
@@ -55,10 +63,25 @@ def every_plot(origin, n=4):
     long = "There is a large left pleural effusion with adjacent compressive atelectasis, and the mediastinum is shifted to the right."
     yield plot_losses([{"step": i, "stage": 1 + i // 6, "loss": 1 / (i + 1), "local_image": -i, "eval_loss": .5} for i in range(12)], origin)
     yield plot_losses([{"step": 3, "loss": 2.}], origin)
+    log = [{"step": i, "stage": 1 + i // 6, "loss": 1 / (i + 1), "margin_loss": .1 * (i > 3), "learning_rate": 1e-4 * i, "image_to_report": i / 12, "eval_loss": .5} for i in range(12)]
+    yield plot_training(log, origin, started=4)
+    yield plot_training(log[:1], origin)
+    line = dict(weights=["start", "stage 1", "stage 2"], value=[np.nan, .2, .3], low=[np.nan, .1, .2], high=[np.nan, .3, .4], chance=[np.nan, .1, .1])
+    empty = line | {k: [np.nan] * 3 for k in ("value", "low", "high", "chance")}
+    yield plot_moments({"share of true negatives that the hard one outdoes": {"cross-modal, new": line, "single-modal": line}, "nothing": {"cross-modal, new": empty}},
+                       origin, "Audit of CM-CGNS (n = 20 batches of 64 studies)", {"nothing": (.4, "the start")}, "no clusters yet")
+    yield plot_means([dict(quantity=q, name=n, value=.1, low=-.1, high=.2, n=29) for q in ("L1 of hidden pixels", "minus own") for n in ("own report", "the mean training film")], origin, "Rebuilt")
+    yield plot_sentence(rng.normal(size=(50, 8)), rng.normal(size=8), rng.normal(size=8), 3, rng.random(50) < .2, rng.random(50) < .2, long, origin, ["pca", "pca"])
+    yield plot_clusters(rng.normal(size=(50, 8)), (), origin, method="pca", what="Sentences as the image tells them")
     yield plot_clusters(rng.normal(size=(50, 8)), rng.integers(0, 20, 50), origin, [f"a meaning of some length, {i % 11}" for i in range(50)], "pca")
     yield plot_clusters(rng.normal(size=(50, 8)), np.zeros(50, int), origin, method="pca")
     yield plot_reconstructions(grey, rng.random((n, 20)) < .5, grey[::-1], origin, grid=(4, 5))
+    yield plot_reconstructions(grey[:1], rng.random((1, 20)) < .5, grey[1:2], origin, grid=(4, 5))
     yield plot_attention(grey[0], rng.random((6, 16)), (4, 4), [long] * 6, origin, smooth=False)
+    yield plot_reconstructions_by(grey, rng.random((n, 20)) < .5, {"with its report": grey[::-1], "told nothing": grey}, origin, grid=(4, 5))
+    yield plot_reconstructions_by(grey[:1], np.zeros((1, 16), bool), dict.fromkeys(("own", "nothing", "another"), grey[:1]) | {"own": 255 - grey[:1]}, origin)
+    yield plot_regions(grey[0], rng.random((16, 9)), (4, 4), [long] * 9, origin)
+    yield plot_regions(grey[0], rng.random((196, 1)), (14, 14), ["no effusion"], origin)
     yield plot_fractions(results(("auroc", "accuracy"), ("random", "global only", "CM-CGNS")), origin)
     yield plot_fractions(results(encoders=("random",), fractions=(1.,), seeds=1), origin)
     yield plot_studies([grey[0], grey[1, :20]], [long, ""], origin, boxes=[[(3, 4, 10, 12)], ()])
@@ -88,6 +111,9 @@ def test_tensors_are_as_good_as_arrays():
     plot_reconstructions(x, torch.rand(2, 16) < .5, x, "synthetic")
     plot_attention(x[0], torch.rand(2, 16), (4, 4), ["a", "b"], "synthetic")
     plot_clusters(torch.rand(20, 4), torch.arange(20) % 3, "synthetic", method="pca")
+    plot_sentence(torch.rand(20, 4), torch.rand(4), torch.rand(4), 0, torch.rand(20) < .5, torch.rand(20) < .5, "a", "synthetic", ["pca"])
+    plot_reconstructions_by(x, torch.rand(2, 16) < .5, {"own": x, "nothing": -x}, "synthetic")
+    plot_regions(x[0], torch.rand(16, 2), (4, 4), ["a", "b"], "synthetic")
 
 
 @pytest.mark.parametrize("bad", [np.full((4, 4), 1.5), np.full((4, 4), np.nan), np.zeros((4, 4), np.int64), np.zeros((0, 4))])
@@ -130,9 +156,51 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["method.png"]
 
 
-def test_pdf_and_svg_are_written(tmp_path):
+def test_pdf_and_svg_are_written_and_the_same_figure_gives_the_same_bytes(tmp_path):
     for end in "pdf", "svg":
-        assert save_figure(draw_method(), tmp_path / f"method.{end}").stat().st_size > 1000
+        one, two = (save_figure(draw_method(), tmp_path / f"{name}.{end}").read_bytes() for name in "ab")
+        assert len(one) > 1000 and one == two
+    assert b"/Type3" not in (tmp_path / "a.pdf").read_bytes(), "letters are drawings that cannot be searched"
+
+
+def test_pictures_are_a_png_and_a_pdf_in_a_folder_that_is_made(tmp_path):
+    fig = plot_losses([{"step": i, "loss": 2. - i} for i in range(3)], "synthetic")
+    files = save_pictures(fig, tmp_path / "new" / "folder", "losses")
+    assert [p.name for p in files] == ["losses.png", "losses.pdf"] and sorted(p.name for p in files[0].parent.iterdir()) == ["losses.pdf", "losses.png"]
+    assert files[0].read_bytes()[:4] == b"\x89PNG" and files[1].read_bytes()[:4] == b"%PDF"
+
+
+def test_a_stand_in_for_a_real_data_set_is_called_synthetic_and_without_patients():
+    assert title_of("Losses", "synthetic rsna") == "Losses · synthetic rsna, no patients"
+    assert title_of("Losses", "rsna") == "Losses · rsna"
+
+
+def test_what_a_region_weighs_most_is_what_is_drawn():
+    weights = np.full((4, 8), .5)
+    weights[[0, 1, 2, 3], [0, 7, 7, 2]] = [.9, .8, .7, .6]
+    fig = plot_regions(np.zeros((8, 8), np.uint8), weights, (2, 2), [f"sentence {i}" for i in range(8)], "synthetic")
+    assert [t.get_text() for t in fig.axes[1].texts] == ["1", "8", "8", "3"]
+    said = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert said[0] == "1: sentence 0 (1 region)" and said[7] == "8: sentence 7 (2 regions)" and said[1] == "2: sentence 1 (0 regions)"
+    ahead = fig.axes[2].images[1].get_array()
+    assert np.allclose(ahead, [[.4, .3], [.2, .1]])
+    grey = fig.axes[1].images[1].get_array()[0, 1]
+    assert np.allclose(grey, [int(plots.GREY[i:i + 2], 16) / 255 for i in (1, 3, 5)]), "beyond the seventh sentence"
+
+
+def test_negatives_of_a_sentence_are_counted_and_it_is_not_its_own():
+    false, near = np.arange(30) < 10, np.arange(30) >= 8
+    fig = plot_sentence(np.random.default_rng(0).normal(size=(30, 4)), np.ones(4), -np.ones(4), 9, false, near, "effusion", "synthetic", ["pca"])
+    counts = dict(t.get_text().rstrip(")").split(" (n = ") for t in fig.legends[0].get_texts() if "(n" in t.get_text())
+    assert counts == {"other sentences": "0", "in the hard negative's cluster": "21", "its false negatives": "9", "the same told by the image": "1"}
+
+
+def test_differences_of_reconstructions_are_those_of_the_hidden_pixels():
+    image, hidden = np.zeros((1, 4, 4), np.float32), np.array([[True, False, False, False]])
+    one = np.where(np.pad(np.ones((1, 2, 2)), ((0, 0), (0, 2), (0, 2))) > 0, .5, -.25).astype(np.float32)
+    fig = plot_reconstructions_by(image, hidden, {"own": one, "nothing": -one}, "synthetic")
+    assert [ax.get_title() for ax in fig.axes[:7]] == ["", "", "", "hidden L1 0.500", "", "hidden L1 0.500", ""]
+    assert np.allclose(fig.axes[6].images[0].get_array(), 2 * np.abs(one[0]))
 
 
 def test_the_readme_picture_is_the_one_the_code_draws():
