@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ def shared_data():
     return folder
 
 
+def cmcgns(*args, cwd, timeout=600, **kwargs):
+    "Run the command line in its own process; returns the finished process."
+    return subprocess.run([sys.executable, "-m", "cmcgns.reporting.cli", *map(str, args)],
+                          cwd=cwd, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
 @pytest.fixture
 def run_cmcgns(tmp_path):
-    "Run the command line in its own process, in an empty folder; returns the finished process."
-    def run(*args, cwd=tmp_path, timeout=600, **kwargs):
-        return subprocess.run([sys.executable, "-m", "cmcgns.reporting.cli", *map(str, args)],
-                              cwd=cwd, capture_output=True, text=True, timeout=timeout, **kwargs)
-    return run
+    "The command line in an empty folder."
+    return partial(cmcgns, cwd=tmp_path)

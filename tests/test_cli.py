@@ -1,8 +1,18 @@
 "The command line as a user meets it: the main job at the smallest preset, and one sentence for each mistake."
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import ROOT, cmcgns
+
+from cmcgns.reporting.plan import FIGURES, OURS, PAGES, TABLES, Reproduction, all_jobs, job_of
+from cmcgns.reporting.problems import open_problem
 
 
 def refused(done, *words):
@@ -27,45 +37,119 @@ def refused(done, *words):
     (["evaluate", "pretrain-000"], ["0 runs in", "cmcgns runs"]),
     (["pretrain", "--preset", "tiny", "--set", "mask_by=regoin"], ["mask_by=regoin: known are region, channel"]),
     (["pretrain", "--preset", "tiny", "--set", "image_size=72"], ["cannot double to 72 pixels"]),
+    (["reproduce", "--preset", "tiny", "--only-real"], ["none of mimic_cxr, openi, covid_cxr is there", "--only-real forbids"]),
+    (["reproduce", "--tables", "table_9"], ["0 pages begin with 'table_9'", "table_1_classification"]),
+    (["reproduce", "--seeds", "one"], ["'one': expected numbers separated by commas"]),
+    (["export", "pretrain", "--to", "x"], ["0 runs in"]),
     (["bench", "tail"], ["unknown benchmark 'tail'", "head"]),
 ])
 def test_mistakes_get_one_sentence(run_cmcgns, arguments, words):
     refused(run_cmcgns(*arguments), *words)
 
 
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    "Everything there is, at the smallest preset: the folder, and what was said."
+    folder = tmp_path_factory.mktemp("reproduced")
+    done = cmcgns("reproduce", "--preset", "tiny", "--tables", "all", cwd=folder, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def finished(folder):
+    return {p.name: (p / "metrics.json").stat().st_mtime for p in (folder / "runs").iterdir() if p.is_dir()}
+
+
 @pytest.mark.slow
-def test_main_job_and_again(run_cmcgns, tmp_path):
-    first = run_cmcgns("reproduce", "--preset", "tiny")
-    assert first.returncode == 0, first.stderr[-3000:]
-    place = tmp_path / "results" / "synthetic-tiny-seed42"
-    made = {p.name for p in place.iterdir()}
-    assert {"end_to_end.ipynb", "table.md", "table.csv", "result.json"} <= made
-    assert {"losses.png", "clusters.png", "reconstructions.png"} <= made
-    assert "synthetic" in (place / "table.md").read_text()
-    result = json.loads((place / "result.json").read_text())
-    assert result["dataset"] == "synthetic" and len(result["rows"]) == 3
-    runs = sorted(p.name for p in (tmp_path / "runs").iterdir() if p.suffix != ".lock")
-    assert len(runs) == 3
-    times = [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/metrics.json"))]
-    second = run_cmcgns("reproduce", "--preset", "tiny")
-    assert second.returncode == 0 and times == [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/metrics.json"))]
-    listed = run_cmcgns("runs")
-    assert all(name in listed.stdout for name in runs)
-    probed = run_cmcgns("evaluate", next(n for n in runs if n.startswith("pretrain")))
+def test_every_table_and_figure(reproduced):
+    folder, done = reproduced
+    place = folder / "results" / "synthetic-tiny-seed42"
+    assert str(place.relative_to(folder) / "report.html") in done.stdout
+    assert sorted(p.name for p in place.iterdir() if p.is_dir()) == sorted(PAGES)
+    for page, table in PAGES.items():
+        made = {p.name for p in (place / page).iterdir()}
+        assert {f"{page}.ipynb", "result.json"} <= made
+        assert json.loads((place / page / "result.json").read_text())["data"]["corpus"]["name"] == "synthetic"
+        if page in FIGURES:
+            assert any(m.endswith(".png") for m in made) and any(m.endswith(".pdf") for m in made)
+        elif page in TABLES:
+            assert {f"{page}.md", f"{page}.csv", f"{page}.tex"} <= made
+            text = (place / page / f"{page}.md").read_text()
+            assert "Synthetic data, no patients" in text and all(a.name in text for a in table.arms)
+    report = (place / "report.html").read_text()
+    assert all(t.title in report for t in TABLES.values()) and "synthetic" in report and str(folder) not in report
+    assert not list(folder.rglob("*.partial")) and set(finished(folder)) == {j.name for j in all_jobs(Reproduction("tiny", None, folder / "runs", folder / "cache"), PAGES.values())}
+
+
+@pytest.mark.slow
+def test_again_computes_nothing(reproduced):
+    folder, _ = reproduced
+    before = finished(folder)
+    said = cmcgns("reproduce", "--preset", "tiny", "--tables", "all", "--dry-run", cwd=folder)
+    assert f"{len(before)} runs, {len(before)} of them there, 0 to do" in said.stdout
+    again = cmcgns("reproduce", "--preset", "tiny", "--tables", "end_to_end,figure_training", cwd=folder)
+    assert again.returncode == 0 and finished(folder) == before
+
+
+@pytest.mark.slow
+def test_evaluate_and_export_a_run(reproduced, tmp_path):
+    folder, _ = reproduced
+    job = job_of(Reproduction("tiny", None, folder / "runs", folder / "cache"), OURS, 42)
+    listed = cmcgns("runs", cwd=folder)
+    assert all(name in listed.stdout for name in finished(folder))
+    probed = cmcgns("evaluate", job.name, cwd=folder)
     assert probed.returncode == 0 and "AUROC" in probed.stdout and "| 29 |" in probed.stdout, "the test part of the run's own problem"
-    refused(run_cmcgns("evaluate", "pretrain", "--preset", "laptop"), "a run has its settings")
-    refused(run_cmcgns("evaluate", "pretrain", "--data-root", tmp_path), "none of covid_cxr")
-    made = run_cmcgns("data", "synthesize", "films", "--layout", "rsna", "--studies", "60", "--size", "96")
+    refused(cmcgns("evaluate", job.name, "--preset", "laptop", cwd=folder), "a run has its settings")
+    refused(cmcgns("evaluate", job.name, "--data-root", tmp_path, cwd=folder), "none of covid_cxr")
+    refused(cmcgns("evaluate", job.name, "--task", "sleep", cwd=folder), "unknown task 'sleep': known are classification, ")
+    made = cmcgns("data", "synthesize", "films", "--layout", "rsna", "--studies", "60", "--size", "96", cwd=folder)
     assert made.returncode == 0, made.stderr[-3000:]
-    other = run_cmcgns("evaluate", "pretrain", "--data-root", "films")
-    assert other.returncode == 0 and "synthetic rsna" in other.stdout and "| 12 |" in other.stdout, "a run is evaluated on another data set"
+    other = cmcgns("evaluate", job.name, "--data-root", "films", cwd=folder)
+    n = len(open_problem(folder / "films", folder / "cache", 72).split.parts["test"])
+    assert other.returncode == 0 and "synthetic rsna" in other.stdout and f"| {n} |" in other.stdout, "a run is evaluated on another data set"
+    out = cmcgns("export", job.name, "--to", tmp_path / "encoder", "--format", "transformers", cwd=folder)
+    assert out.returncode == 0 and "AUROC" in (tmp_path / "encoder" / "README.md").read_text()
+    refused(cmcgns("export", job.name, "--to", tmp_path / "encoder", cwd=folder), "is there and not empty")
+
+
+@pytest.mark.slow
+def test_a_reproduction_killed_at_any_moment_goes_on(reproduced, tmp_path):
+    "Killed five times, at moments that a seed chooses: the tables are those of the undisturbed one, and what had finished is not computed again."
+    folder, _ = reproduced
+    asked = ["reproduce", "--preset", "tiny", "--tables", "end_to_end,table_4"]
+    chance, kept = random.Random(0), {}
+    for _ in range(5):
+        started = subprocess.Popen([sys.executable, "-m", "cmcgns.reporting.cli", *asked], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(chance.uniform(5, 25))
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+        now = finished(tmp_path) if (tmp_path / "runs").exists() else {}
+        assert kept.items() <= now.items()
+        kept = {k: v for k, v in now.items() if not k.endswith(".partial")}
+    done = cmcgns(*asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert kept.items() <= finished(tmp_path).items() and not list(tmp_path.rglob("*.partial"))
+    for page in "end_to_end/table", "table_4_components/table_4_components":
+        for end in "md", "csv":
+            ours, theirs = (root / "results" / "synthetic-tiny-seed42" / f"{page}.{end}" for root in (tmp_path, folder))
+            assert ours.read_text() == theirs.read_text()
+
+
+@pytest.mark.slow
+def test_a_page_by_hand(reproduced, tmp_path):
+    "papermill in a folder of its own, with runs that are there."
+    folder, _ = reproduced
+    done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "reproduce" / "table_5_negatives.ipynb"), "out.ipynb", "-p", "preset", "tiny", "-p", "runs", str(folder / "runs"),
+                           "-p", "cache", str(folder / "cache")], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "table_5_negatives.md").exists() and (tmp_path / "out.ipynb").exists()
 
 
 @pytest.mark.slow
 def test_main_job_on_real_data(run_cmcgns, shared_data, tmp_path):
-    done = run_cmcgns("reproduce", "--preset", "tiny", "--data-root", shared_data)
+    done = run_cmcgns("reproduce", "--preset", "tiny", "--tables", "end_to_end,figure_attention", "--data-root", shared_data)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "covid_cxr" in done.stdout and "COVID-19" in (tmp_path / "results" / "covid_cxr-tiny-seed42" / "table.md").read_text()
+    assert "covid_cxr" in done.stdout and "COVID-19" in (tmp_path / "results" / "covid_cxr-tiny-seed42" / "end_to_end" / "table.md").read_text()
 
 
 @pytest.mark.slow

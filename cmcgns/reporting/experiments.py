@@ -25,6 +25,7 @@ from ..evaluation.segmentation import PROTOCOL as SEGMENTER, evaluate_segmentati
 from ..evaluation.transfer import HeadSettings, evaluate_finetuned_classification
 from ..evaluation.zero_shot import evaluate_grounding, evaluate_zero_shot
 from ..model import CMCGNS, PUBLISHED, Method, build_model, load_model
+from ..objectives import objective_code
 from ..pretraining import Corpus, Settings, make_settings, make_tokenizer, pretrain
 from .problems import SYNTHETIC_STUDIES, Problem, choose_dataset, open_problem, problem_config
 from .runs import Run, environment, run_once
@@ -39,7 +40,7 @@ def corpus_of(problem:Problem, part:str)->Corpus:
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c006
 def pretrain_config(problem:Problem, settings:Settings)->dict: # what a pre-training depends on
-    return dict(settings=asdict(settings), data=problem_config(problem))
+    return dict(settings=asdict(settings), data=problem_config(problem)) | objective_code(settings.objective)
 
 def pretrain_run(problem:Problem, # what to train on
                  settings:Settings, # how
