@@ -78,7 +78,7 @@ def test_every_table_and_figure(reproduced):
             assert "Synthetic data, no patients" in text and all(a.name in text for a in table.arms)
     report = (place / "report.html").read_text()
     assert all(t.title in report for t in TABLES.values()) and "synthetic" in report and str(folder) not in report
-    assert not list(folder.rglob("*.partial")) and set(finished(folder)) == {j.name for j in all_jobs(Reproduction("tiny", None, folder / "runs", folder / "cache"), PAGES.values())}
+    assert not list(folder.rglob("*.partial")) and set(finished(folder)) >= {j.name for j in all_jobs(Reproduction("tiny", None, folder / "runs", folder / "cache"), PAGES.values())}
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..data.studies import Split, Study, check_disjoint, draw_fraction, select
@@ -259,7 +260,8 @@ def fit_lbfgs(x:np.ndarray, # (n, c)
         weight, bias, strength = solve(x[known], y[known].argmax(1), x_val, y_val, True)
         return Probe(weight, bias, (strength,))
     known = ~np.isnan(y)
-    each = [solve(x[k], y[k, j], x_val, y_val[:, [j]]) for j, k in enumerate(known.T)]
+    with threadpool_limits(1, "blas"): # such small systems only wait for one another in several
+        each = [solve(x[k], y[k, j], x_val, y_val[:, [j]]) for j, k in enumerate(known.T)]
     return Probe(np.hstack([w for w, _, _ in each]), np.concatenate([b for _, b, _ in each]), tuple(s for _, _, s in each))
 
 # %% ../../nbs/evaluation/20_classification.ipynb #c052

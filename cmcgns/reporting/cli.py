@@ -126,10 +126,10 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
     if dry_run: typer.echo(describe_plan(r, jobs)); return
     run_jobs(r, jobs)
     marks = [r.problem('corpus').name.replace(' ', '-'), preset, f"seed{seeds.replace(',', '-')}", *(['published'] if published else []), *([] if split == 'ours' else [Path(split).name]), *(f'{k}={Path(str(v)).name}' for k, v in changed.items())]
-    show_pages(r, pages, results/'-'.join(marks))
+    show_pages(r, pages, results/'-'.join(marks), tables)
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c015
-def show_pages(r, pages, place:Path):
+def show_pages(r, pages, place:Path, tables:str):
     "Run the pages of a reproduction, write its report, and say where it is."
     from cmcgns.reporting.pages import page_parameters, run_page
     from cmcgns.reporting.report import write_report
@@ -137,7 +137,7 @@ def show_pages(r, pages, place:Path):
     common = dict(preset=r.preset, data_root=str(Path(r.data_root).absolute()) if r.data_root else '', only_real=r.only_real, seeds=','.join(map(str, r.seeds)), split=r.split,
                   dataset=r.dataset or '', changes=json.dumps(r.changes), runs=str(Path(r.runs).absolute()), cache=str(Path(r.cache).absolute()))
     for name in tqdm(pages, desc='pages', unit='page'):
-        asked = common | dict(arms='; '.join(a.name for a in pages[name].arms), results=str((place/name).absolute()))
+        asked = common | dict(arms='; '.join(a.name for a in pages[name].arms), brief=tables == 'main', results=str((place/name).absolute()))
         run_page(name, place/name, **{k: v for k, v in asked.items() if k in page_parameters(name)})
     settings = dict(pages=', '.join(pages)) | {k: v for k, v in common.items() if k not in ('runs', 'cache', 'data_root')}
     report = write_report(place, list(pages), settings)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RANDOM', 'OURS', 'GLOBAL', 'SINGLE', 'MAIN', 'COMPONENTS', 'NEGATIVES', 'CORRECTIONS', 'RECONSTRUCTION', 'ON_CORPUS',
            'TABLES', 'CORPORA', 'STAND_INS', 'GUESS', 'OTHERWISE', 'END_TO_END', 'ONE_RUN', 'FIGURES', 'PAGES', 'BRIEF',
-           'Arm', 'arm_settings', 'Table', 'only_arms', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs',
-           'estimate', 'describe_plan', 'run_jobs', 'choose_pages']
+           'Arm', 'arm_settings', 'Table', 'only_arms', 'briefly', 'Reproduction', 'Job', 'job_of', 'jobs_of',
+           'all_jobs', 'estimate', 'describe_plan', 'run_jobs', 'choose_pages']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..data.check import find_datasets
 from ..model import PUBLISHED
 from ..pretraining import Settings, check_settings
-from .experiments import Question, ask, evaluate_run, evaluation_config, pretrain_config, pretrain_run, settings_for
+from .experiments import ASKED, Question, ask, evaluate_run, evaluation_config, pretrain_config, pretrain_run, settings_for
 from .problems import SYNTHETIC_STUDIES, Problem, choose_dataset, open_problem, stand_in
 from .runs import Run, list_runs, run_name
 
@@ -71,8 +71,8 @@ RECONSTRUCTION = (OURS._replace(name='half of the regions, all pixels'), Arm('ma
 ON_CORPUS = (('corpus', Question()),)
 TABLES = dict(
     table_1_classification=Table('Linear classification', MAIN, tuple((k, Question()) for k in ('corpus', 'chexpert', 'rsna', 'covidx'))),
-    table_2_detection=Table('Detection', MAIN, tuple((k, Question('detection')) for k in ('rsna', 'object_cxr'))),
-    table_3_segmentation=Table('Segmentation', MAIN, tuple((k, Question('segmentation')) for k in ('siim', 'rsna'))),
+    table_2_detection=Table('Detection', MAIN, tuple((k, Question('detection')) for k in ('corpus', 'rsna', 'object_cxr'))),
+    table_3_segmentation=Table('Segmentation', MAIN, tuple((k, Question('segmentation')) for k in ('corpus', 'siim', 'rsna'))),
     table_4_components=Table('What each component adds', COMPONENTS, ON_CORPUS),
     table_5_negatives=Table('Which negatives', NEGATIVES, (*ON_CORPUS, ('corpus', Question('clusters')))),
     table_6_corrections=Table('What the slips of the published code cost', CORRECTIONS, ON_CORPUS),
@@ -88,8 +88,14 @@ def only_arms(table:Table, names:str, # separated by semicolons; all if empty
     return table._replace(arms=tuple(known[n] for n in wanted)) if wanted else table
 
 # %% ../../nbs/reporting/48_plan.ipynb #c018
+def briefly(table:Table)->Table: # the random encoder and the whole method; one draw of labels and at most 20 epochs a head
+    "A table for a first look."
+    short = lambda q: q if q.task == 'classification' else replace(q, seeds=(0,), epochs=20)
+    return table._replace(arms=tuple(a for a in table.arms if a in (RANDOM, OURS)), asked=tuple((data, short(q)) for data, q in table.asked))
+
+# %% ../../nbs/reporting/48_plan.ipynb #c021
 CORPORA = 'mimic_cxr', 'openi', 'covid_cxr' # with reports; the first that is there is pre-trained on
-STAND_INS = {'tiny': 80, 'laptop': 800} # films of a stand-in
+STAND_INS = {'tiny': 80, 'laptop': 400} # films of a stand-in
 
 @dataclass
 class Reproduction:
@@ -112,6 +118,11 @@ class Reproduction:
 
     def settings(self, arm:Arm, seed:int)->Settings: return arm_settings(arm, self.preset, self.corpus, seed, self.changes)
 
+    def asked(self, table:Table)->list[tuple[str, Question]]:
+        "The questions of a table that these data can answer: boxes and masks of a real corpus; a drawn one has its stand-ins for that."
+        found = self.corpus if self.corpus != 'synthetic' else None
+        return [(data, q) for data, q in table.asked if data != 'corpus' or found in ASKED.get(q.task, (found,))]
+
     def problem(self, key:str)->Problem: # 'corpus', or a key of `DATASETS`
         "A data set, or its stand-in."
         if key not in self.opened: self.opened[key] = self.open(key, self.settings(OURS, 0).store_size)
@@ -124,9 +135,9 @@ class Reproduction:
                                 dataset=self.corpus if real else None, split=self.split)
         if key in self.found: return open_problem(self.data_root, self.cache, size, dataset=key)
         if self.only_real: raise ValueError(f"{key} is not in {self.data_root}, and --only-real forbids a stand-in; data/README.md tells how to get it")
-        return open_problem(stand_in(key, self.cache, STAND_INS.get(self.preset, 800), size), self.cache, size, dataset=key)
+        return open_problem(stand_in(key, self.cache, STAND_INS.get(self.preset, 400), size), self.cache, size, dataset=key)
 
-# %% ../../nbs/reporting/48_plan.ipynb #c020
+# %% ../../nbs/reporting/48_plan.ipynb #c023
 @dataclass(frozen=True)
 class Job:
     "A run that a table needs."
@@ -146,7 +157,7 @@ class Job:
         trained = pretrain_run(r.problem('corpus'), settings, r.runs) if self.arm.trained else None
         return evaluate_run(r.problem(self.data), settings, trained, r.runs, self.question) if self.question else trained
 
-# %% ../../nbs/reporting/48_plan.ipynb #c021
+# %% ../../nbs/reporting/48_plan.ipynb #c024
 def job_of(r:Reproduction, arm:Arm, seed:int, data:str='corpus', question:Question|None=None)->Job:
     "The job of an arm: its pre-training, or one of its evaluations."
     settings = r.settings(arm, seed)
@@ -162,14 +173,14 @@ def jobs_of(r:Reproduction, table:Table)->list[Job]: # pre-training before what 
     for arm in table.arms:
         for seed in r.seeds:
             needs = [job_of(r, arm, seed)] if arm.trained else []
-            for job in needs + [job_of(r, arm, seed, data, q) for data, q in table.asked]: found.setdefault(job.name, job)
+            for job in needs + [job_of(r, arm, seed, data, q) for data, q in r.asked(table)]: found.setdefault(job.name, job)
     return list(found.values())
 
 def all_jobs(r:Reproduction, tables:Iterable[Table])->list[Job]: # each once
     "The jobs of several tables."
     return list({job.name: job for t in tables for job in jobs_of(r, t)}.values())
 
-# %% ../../nbs/reporting/48_plan.ipynb #c026
+# %% ../../nbs/reporting/48_plan.ipynb #c029
 GUESS = {'tiny': dict(pretrain=20), 'laptop': dict(pretrain=420)} # seconds on two cores; other tasks: OTHERWISE
 OTHERWISE = {'tiny': 5, 'laptop': 60}
 
@@ -189,7 +200,7 @@ def describe_plan(r:Reproduction, jobs:Sequence[Job])->str:
     how_long = 'nothing of the kind has run here yet, so nobody knows how long' if seconds is None else f'about {seconds / 60:.0f} minutes'
     return '\n'.join([*lines, f"{len(jobs)} runs, {len(jobs) - len(missing)} of them there, {len(missing)} to do" + (f": {how_long}" if missing else '')])
 
-# %% ../../nbs/reporting/48_plan.ipynb #c030
+# %% ../../nbs/reporting/48_plan.ipynb #c033
 def run_jobs(r:Reproduction, jobs:Sequence[Job], progress:bool=True)->dict[str, Run]: # by name
     "Compute what is missing."
     missing, found = [j for j in jobs if not j.done(r)], {j.name: run for j in jobs if (run := j.done(r))}
@@ -200,7 +211,7 @@ def run_jobs(r:Reproduction, jobs:Sequence[Job], progress:bool=True)->dict[str, 
         found[job.name] = job.run(r)
     return found
 
-# %% ../../nbs/reporting/48_plan.ipynb #c035
+# %% ../../nbs/reporting/48_plan.ipynb #c038
 END_TO_END = Table('End to end', (RANDOM, OURS), ON_CORPUS)
 ONE_RUN = Table('A figure', (OURS,), ())
 FIGURES = 'figure_training', 'figure_clusters', 'figure_attention', 'figure_reconstruction', 'figure_audit'
@@ -211,7 +222,7 @@ def choose_pages(names:str='main', # 'main', 'all', or names or beginnings of na
 )->dict[str, Table]: # by page
     "Which pages are wanted. Raises `ValueError` for one that is not there."
     if names == 'all': return dict(PAGES)
-    if names == 'main': return {k: PAGES[k] if PAGES[k] in (END_TO_END, ONE_RUN) else only_arms(PAGES[k], f'{RANDOM.name}; {OURS.name}') for k in BRIEF}
+    if names == 'main': return {k: PAGES[k] if PAGES[k] in (END_TO_END, ONE_RUN) else briefly(PAGES[k]) for k in BRIEF}
     found = {}
     for name in (n.strip() for n in names.split(',')):
         here = [k for k in PAGES if k.startswith(name)] if name else []

@@ -56,7 +56,7 @@ def labelled_row(arm, name:str, runs:Sequence[Run], question:Question)->dict:
 # %% ../../nbs/reporting/49_results.ipynb #c012
 def labelled_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:str='classification')->list[dict]: # a row a data set and arm
     "The part of a table that learns from labels."
-    return [labelled_row(arm, r.problem(data).name, runs, q) for data, q in table.asked if q.task == task
+    return [labelled_row(arm, r.problem(data).name, runs, q) for data, q in r.asked(table) if q.task == task
             for arm in table.arms if (runs := runs_of(r, found, table, arm, data, q))]
 
 # %% ../../nbs/reporting/49_results.ipynb #c016
@@ -73,7 +73,7 @@ def difference_row(arm, base, mine:Sequence[Run], theirs:Sequence[Run], name:str
 def difference_table(r:Reproduction, found:Mapping[str, Run], table:Table, against:str|None=None)->list[dict]: # against the first arm if None; * where the interval leaves zero out
     "Linear classification of each arm minus that of one of them."
     base = next(a for a in table.arms if a.name == (against or table.arms[0].name))
-    return [difference_row(arm, base, mine, theirs, r.problem(data).name) for data, q in table.asked if q.task == 'classification' for arm in table.arms if arm is not base
+    return [difference_row(arm, base, mine, theirs, r.problem(data).name) for data, q in r.asked(table) if q.task == 'classification' for arm in table.arms if arm is not base
             and len(mine := runs_of(r, found, table, arm, data, q)) == len(theirs := runs_of(r, found, table, base, data, q)) > 0]
 
 # %% ../../nbs/reporting/49_results.ipynb #c020
@@ -84,7 +84,7 @@ def told_apart(rows:Sequence[Mapping])->list[str]: # keys of text by which the r
 def unlabelled_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:str, keep=lambda row: True)->list[dict]: # a row a data set, arm and metric
     "The part of a table that asks a model as it is."
     out = []
-    for data, q in table.asked:
+    for data, q in r.asked(table):
         for arm in table.arms if q.task == task else ():
             runs = runs_of(r, found, table, arm, data, q)
             if not runs: continue
