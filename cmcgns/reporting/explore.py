@@ -82,7 +82,7 @@ def open_run(runs, # folder of all runs
     return Opened(run, problem, *load_run(run))
 
 # %% ../../nbs/reporting/47_explore.ipynb #c009
-LIVELY = dict(width=64, image_pool='mean', lr=3e-3, stage1_epochs=20, stage2_epochs=3, keep='last', cluster_start=.6)
+LIVELY = dict(width=64, image_pool='mean', lr=3e-3, stage1_epochs=25, stage2_epochs=3, keep='last', cluster_start=.7)
 
 def changes_for(preset:str, # a name of `PRESETS`
                 text:str='', # changed settings, as JSON; if empty, `LIVELY` at preset tiny and none at others
@@ -285,7 +285,7 @@ def map_sentences(opened:Opened,
     return SentenceMap(studies, films, s, texts, meanings, known, named, tell_status(contrast, [named], s, np.arange(len(texts))), at, axes)
 
 # %% ../../nbs/reporting/47_explore.ipynb #c036
-ROLES = {'itself': COLOURS[1], 'false negative': COLOURS[2], 'false negative, and around the hard one': COLOURS[5], 'around the hard negative': COLOURS[3], 'other': GREY}
+ROLES = {'itself': COLOURS[1], 'false negative': COLOURS[2], 'around the hard negative': COLOURS[3], 'both': COLOURS[5], 'other': GREY}
 
 def roles_of(chart:SentenceMap,
              i:int, # a sentence
@@ -294,8 +294,7 @@ def roles_of(chart:SentenceMap,
     n = chart.named
     if n is None: return np.where(np.arange(len(chart.texts)) == i, 'itself', 'other')
     false, near = n.own == n.own[i], n.member == n.second[i]
-    names = list(ROLES)
-    return np.select([np.arange(len(n.own)) == i, false & near, false, near], [names[0], names[2], names[1], names[3]], names[4])
+    return np.select([np.arange(len(n.own)) == i, false & near, false, near], ['itself', 'both', 'false negative', 'around the hard negative'], 'other')
 
 def relations_of(chart:SentenceMap, i:int)->np.ndarray: # (n,)
     "What every other sentence really is to one: a word of `RELATIONS`, or by its words where meanings are not known."
@@ -331,8 +330,8 @@ def plot_neighbours(chart:SentenceMap, i:int,
         found = list({chart.sentences.report[j]: j for j in reversed(found)}.values())[::-1][:most]
         shown += [(j, role) for j in found]
         taken |= {chart.sentences.report[j] for j in found}
-    captions = [f'{role.upper()}: {chart.texts[j]}' for j, role in shown]
-    return plot_studies([chart.films[chart.sentences.report[j]] for j, _ in shown], captions, origin)
+    captions = [f'{role.capitalize()}: {chart.texts[j]}' for j, role in shown]
+    return plot_studies([chart.films[chart.sentences.report[j]] for j, _ in shown], captions, origin, columns=5)
 
 # %% ../../nbs/reporting/47_explore.ipynb #c044
 def table_html(rows:Sequence[dict], # all with the same keys

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RANDOM', 'OURS', 'GLOBAL', 'SINGLE', 'MAIN', 'COMPONENTS', 'NEGATIVES', 'CORRECTIONS', 'RECONSTRUCTION', 'ON_CORPUS',
-           'TABLES', 'CORPORA', 'STAND_INS', 'GUESS', 'OTHERWISE', 'END_TO_END', 'ONE_RUN', 'FIGURES', 'PAGES', 'BRIEF',
-           'Arm', 'arm_settings', 'Table', 'only_arms', 'briefly', 'Reproduction', 'Job', 'job_of', 'jobs_of',
-           'all_jobs', 'estimate', 'describe_plan', 'run_jobs', 'choose_pages']
+           'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'GUESS', 'OTHERWISE', 'END_TO_END', 'ONE_RUN', 'FIGURES',
+           'PAGES', 'BRIEF', 'Arm', 'arm_settings', 'Table', 'only_arms', 'briefly', 'Reproduction', 'Job', 'job_of',
+           'jobs_of', 'all_jobs', 'estimate', 'describe_plan', 'run_jobs', 'choose_pages']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,14 +88,15 @@ def only_arms(table:Table, names:str, # separated by semicolons; all if empty
     return table._replace(arms=tuple(known[n] for n in wanted)) if wanted else table
 
 # %% ../../nbs/reporting/48_plan.ipynb #c018
-def briefly(table:Table)->Table: # the random encoder and the whole method; one draw of labels and at most 20 epochs a head
+def briefly(table:Table)->Table: # the random encoder and the whole method; one draw of labels, at most 20 epochs for boxes and 8 for masks
     "A table for a first look."
-    short = lambda q: q if q.task == 'classification' else replace(q, seeds=(0,), epochs=20)
+    short = lambda q: q if q.task == 'classification' else replace(q, seeds=(0,), epochs=8 if q.task == 'segmentation' else 20)
     return table._replace(arms=tuple(a for a in table.arms if a in (RANDOM, OURS)), asked=tuple((data, short(q)) for data, q in table.asked))
 
 # %% ../../nbs/reporting/48_plan.ipynb #c021
 CORPORA = 'mimic_cxr', 'openi', 'covid_cxr' # with reports; the first that is there is pre-trained on
 STAND_INS = {'tiny': 80, 'laptop': 400} # films of a stand-in
+HEAD_EPOCHS = {'tiny': 2} # of a detection or segmentation head; as published otherwise
 
 @dataclass
 class Reproduction:
@@ -120,8 +121,9 @@ class Reproduction:
 
     def asked(self, table:Table)->list[tuple[str, Question]]:
         "The questions of a table that these data can answer: boxes and masks of a real corpus; a drawn one has its stand-ins for that."
-        found = self.corpus if self.corpus != 'synthetic' else None
-        return [(data, q) for data, q in table.asked if data != 'corpus' or found in ASKED.get(q.task, (found,))]
+        found, most = self.corpus if self.corpus != 'synthetic' else None, HEAD_EPOCHS.get(self.preset, 50)
+        fit = lambda q: replace(q, epochs=min(q.epochs or 50, most)) if q.task in ASKED else q
+        return [(data, fit(q)) for data, q in table.asked if data != 'corpus' or found in ASKED.get(q.task, (found,))]
 
     def problem(self, key:str)->Problem: # 'corpus', or a key of `DATASETS`
         "A data set, or its stand-in."

@@ -1,0 +1,338 @@
+"The explore pages: widgets driven in this process, and the pages themselves in JupyterLab, in a headless browser where there is one."
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from cmcgns.reporting.explore import (LIVELY, ROLES, TOLD, AttentionExplorer, ClusterExplorer, ReconstructionExplorer, bars, changes_for, describe_negatives, look, make_spots,
+                                      map_sentences, nearest_in, open_run, open_table, others_of, read_table, rebuild, relations_of, richest, roles_of, spoken_of)
+
+pytestmark = pytest.mark.slow
+PAGES = sorted((ROOT / "nbs" / "explore").glob("*.ipynb"))
+WIDGETS = {"explore_attention": "AttentionExplorer", "explore_clusters": "ClusterExplorer", "explore_reconstruction": "ReconstructionExplorer"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MISSING = [name for name, there in [("a Chromium (Debian: apt install chromium)", CHROMIUM), ("playwright (pip install playwright)", find_spec("playwright")),
+                                    ("jupyterlab", find_spec("jupyterlab"))] if not there]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("explore")
+    return place / "runs", place / "cache"
+
+
+@pytest.fixture(scope="module")
+def opened(folders):
+    return open_run(*folders, **LIVELY)
+
+
+@pytest.fixture(scope="module")
+def chart(opened):
+    return map_sentences(opened, n=12, method="pca")
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), float)
+
+
+def changes(widget, value, *shown):
+    "Whether setting a widget's value changes all that is shown."
+    before = [w.value for w in shown]
+    widget.value = value
+    return all(w.value != b for w, b in zip(shown, before))
+
+
+# What is looked up
+
+def test_a_run_is_found_by_its_settings_and_by_its_name(opened, folders):
+    assert open_run(*folders, **LIVELY).run == opened.run and open_run(*folders, name=opened.run.folder.name).run == opened.run
+    assert changes_for("tiny") == LIVELY and changes_for("laptop") == {} and changes_for("tiny", '{"lr": 1}') == {"lr": 1}
+    with pytest.raises(ValueError, match="unknown preset 'large'"):
+        open_run(*folders, preset="large")
+    with pytest.raises(ValueError, match="unknown field 'lrr'"):
+        open_run(*folders, lrr=1)
+
+
+def test_a_run_of_another_kind_is_refused(opened, folders):
+    from cmcgns.pretraining import Settings
+    from cmcgns.reporting.experiments import Question, evaluate_run
+    settings = Settings(**opened.run.config["settings"])
+    run = evaluate_run(opened.problem, settings, opened.run, folders[0], Question("retrieval"))
+    with pytest.raises(ValueError, match="is a run of retrieval: name a pretrain run"):
+        open_run(*folders, name=run.folder.name)
+
+
+def test_attention_is_that_of_the_model(opened):
+    import torch
+    at = richest(opened)
+    seen, study = look(opened, at), opened.problem.studies[at]
+    assert sum(map(bool, seen.outlines)) == sum(bool(spoken_of(study, k)) for k in range(len(study.sentences))) > 0
+    with torch.no_grad():
+        report, regions = opened.model.encode_reports(**opened.reports([at])), opened.model.encode_images(opened.films([at])).local
+        q = opened.model.attention.sentence_qkv(report.local[0]).split(report.local.shape[-1], -1)[0]
+        k = opened.model.attention.patch_qkv(regions[0]).split(regions.shape[-1], -1)[1]
+    assert np.allclose(seen.to_regions, torch.sigmoid(q @ k.T / q.shape[-1]**.5).numpy(), atol=1e-5)
+
+
+def test_roles_are_what_a_plain_loop_says(chart):
+    n = chart.named
+    for i in range(len(chart.texts)):
+        for j, role in enumerate(roles_of(chart, i)):
+            false, near = n.own[j] == n.own[i], n.member[j] == n.second[i]
+            assert role == ("itself" if i == j else "both" if false and near else "false negative" if false else "around the hard negative" if near else "other")
+    rows = describe_negatives(chart, 0, most=2)
+    assert rows[0]["role"] == "itself" and len(rows) <= 7 and {r["role"] for r in rows} <= set(ROLES)
+    near = [float(r["cosine"]) for r in rows if r["role"] == "false negative"]
+    assert near == sorted(near, reverse=True) and len(nearest_in(chart, 0, "other", 3)) <= 3
+    assert (relations_of(chart, 0) == "same").sum() >= 1
+
+
+def test_hidden_regions_nest_and_the_report_matters(opened):
+    at = opened.test[:2]
+    done = [rebuild(opened, at, share) for share in (0, .25, .5, 1)]
+    assert [d.hidden.mean() for d in done] == [0, .25, .5, 1] and all((b.hidden >= a.hidden).all() for a, b in zip(done, done[1:]))
+    assert len({rebuild(opened, at, .5, told).rebuilt.tobytes() for told in TOLD}) == 3 and len({rebuild(opened, at, draw=d).hidden.tobytes() for d in range(3)}) == 3
+    error = np.abs(done[3].rebuilt - done[3].films).mean()
+    assert done[3].error == pytest.approx(error, abs=1e-6) and np.isnan(done[0].error)
+    assert all(opened.problem.studies[i].patient != opened.problem.studies[j].patient for i, j in zip(at, others_of(opened, at)))
+
+
+def test_a_model_of_another_objective_is_refused(folders):
+    other = open_run(*folders, objective="convirt", stage1_epochs=1, stage2_epochs=0)
+    for call, said in [(lambda: look(other, other.test[0]), "objective convirt: only cm-cgns has this attention"), (lambda: map_sentences(other), "only cm-cgns has a sampler"),
+                       (lambda: rebuild(other, other.test[:1]), "it has no decoder")]:
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+# Widgets
+
+def test_attention_answers(opened):
+    ui = AttentionExplorer(opened)
+    other = next(k for _, k in ui.sentence.options if k != ui.sentence.value)
+    assert changes(ui.sentence, other, ui.film, ui.caption)
+    film = ui.film.value
+    ui.spots[7].click()
+    assert ui.region.value == 7 and ui.film.value != film and np.abs(pixels(ui.film.value) - pixels(film)).max() > 50
+    assert changes(ui.region, 3, ui.told, ui.film)
+    assert changes(ui.study, next(i for _, i in ui.study.options if i != ui.study.value), ui.film, ui.told, ui.caption)
+    assert "synthetic data, no patients" in ui.caption.value and pixels(ui.film.value).shape == (288, 288, 3)
+
+
+def test_spots_lie_on_their_regions(opened):
+    ui = AttentionExplorer(opened)
+    rows, columns = ui.seen.grid
+    places = [tuple(float(getattr(s.layout, k).rstrip("%")) / 100 for k in ("left", "top", "width", "height")) for s in ui.spots]
+    assert len(places) == rows * columns and places[columns + 1] == (1 / columns, 1 / rows, 1 / columns, 1 / rows)
+    for region in 0, columns + 1, rows * columns - 1: # the frame of a region is drawn where its button is
+        ui.region.value = (region + 1) % len(places)
+        before = pixels(ui.film.value)
+        ui.region.value = region
+        left, top, width, height = (round(288 * v) for v in places[region])
+        changed = np.abs(pixels(ui.film.value) - before).max(-1) > 40
+        assert changed[max(0, top - 3):top + height + 3, max(0, left - 3):left + width + 3].any()
+
+
+def test_clusters_answer(chart):
+    ui = ClusterExplorer(chart, "synthetic")
+    start = ui.sentence.value
+    other = next(j for j in range(len(chart.texts)) if chart.named.own[j] != chart.named.own[start])
+    colours = [s.style.button_color for s in ui.spots]
+    words, films = ui.words.value, ui.films.value
+    ui.spots[other].click()
+    assert ui.sentence.value == other and ui.words.value != words and ui.films.value != films and [s.style.button_color for s in ui.spots] != colours
+    assert [s.style.button_color for s in ui.spots] == [ROLES[r] for r in roles_of(chart, other)] and ui.spots[other].layout.width == "15px"
+    assert changes(ui.by, "meaning", ui.legend) and changes(ui.by, "cluster it falls into", ui.legend)
+    assert "synthetic data, no patients" in ui.legend.value and [s.tooltip for s in ui.spots] == chart.texts
+    ui.by.value = "role"
+    ui.sentence.value = start
+    assert ui.words.value == words and ui.films.value == films
+
+
+def test_reconstruction_answers(opened):
+    ui = ReconstructionExplorer(opened, films=2)
+    for widget, value in (ui.share, .75), (ui.draw_number, 3), (ui.first, 4), (ui.told, TOLD[2]):
+        assert changes(widget, value, ui.picture), widget
+    ui.share.value = 1
+    assert "16 of 16 regions hidden" in ui.words.value
+    ui.share.value = 0
+    assert "nothing is hidden" in ui.words.value
+
+
+def test_text_is_text():
+    assert "<script>" not in bars(["<script>"], [.5]) and [s.tooltip for s in make_spots([("0", "0", "1px", "1px")], ["<b>"], print)] == ["<b>"]
+
+
+# A table of one's own
+
+def test_a_table_with_other_columns_quotes_and_no_patients(tmp_path):
+    for i in range(12):
+        Image.fromarray(np.full((20, 20), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8-sig") as f:
+        csv.writer(f).writerows([("age", "report", "image", "high"), *((30, 'Lungs: "clear", no effusion.\nHeart is normal.', f"{i}.png", "" if i == 3 else i % 2) for i in range(12))])
+    found = read_table(tmp_path / "t.csv", tmp_path, ["high"])
+    assert len(found.studies) == 12 and not found.skipped and found.studies[3].labels == {"high": None} and found.studies[0].patient == "0.png"
+    assert found.studies[0].sentences == ("lungs clear no effusion", "heart is normal")
+    problem = open_table(found, tmp_path / "cache", 32)
+    assert problem.images.shape == (12, 32, 32) and problem.name == "own table" and sum(problem.split.counts().values()) == 12
+
+
+# The pages
+
+def sources(page):
+    return [(c["cell_type"], c["metadata"].get("tags", []), "".join(c["source"]), c.get("outputs", [])) for c in json.loads(page.read_text(encoding="utf-8"))["cells"]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_page_can_be_read_without_a_kernel(page):
+    "Figures of modest size, no widgets, no progress; what is shown as a widget also stands still."
+    cells = sources(page)
+    outputs = [o for _, _, _, out in cells for o in out]
+    pictures = [d for o in outputs for k, d in o.get("data", {}).items() if k.startswith("image/")]
+    assert pictures and max(map(len, pictures)) < 140_000 and not any("widget" in k for o in outputs for k in o.get("data", {}))
+    assert not any(o.get("name") == "stderr" for o in outputs) and not any("#| export" in s for _, _, s, _ in cells)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "synthetic_gallery"], ids=lambda p: p.stem)
+def test_page_has_typed_parameters(page):
+    tagged = [s for _, tags, s, _ in sources(page) if "parameters" in tags]
+    assert len(tagged) == 1 and all(re.fullmatch(r"\w+: \w+ = .+ # .+", line) for line in tagged[0].splitlines())
+    if page.stem in WIDGETS:
+        assert f"{WIDGETS[page.stem]}(" in "".join(s for _, _, s, _ in sources(page))
+
+
+# JupyterLab in a headless browser
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "The address of a JupyterLab on a copy of the explore pages."
+    if MISSING:
+        pytest.skip(f"the pages are not opened in a browser: {' and '.join(MISSING)} not found")
+    home = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "nbs" / "explore", home / "pages", ignore=shutil.ignore_patterns(".*"))
+    port, own = free_port(), {k: str(home / k.lower()) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={home / 'pages'}",
+               "--IdentityProvider.token=", "--ServerApp.password=", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(home / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | own) as server:
+        try:
+            for _ in range(120):
+                try:
+                    urlopen(f"http://127.0.0.1:{port}/api", timeout=2)
+                    break
+                except OSError:
+                    assert server.poll() is None, (home / "log").read_text()[-2000:]
+                    time.sleep(.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser(lab):
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+def open_page(browser, lab, name):
+    "Open a page in JupyterLab, run all of its cells, and wait until they are done."
+    tab = browser.new_page(viewport=dict(width=1300, height=1500))
+    tab.goto(f"{lab}/doc/tree/{name}.ipynb?reset", timeout=120_000)
+    tab.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
+    tab.wait_for_selector(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120_000)
+    tab.get_by_role("menuitem", name="Run", exact=True).click()
+    tab.get_by_text("Run All Cells", exact=True).click()
+    return tab
+
+
+def shot(tab, name):
+    "Keep a screenshot where a person may look at it."
+    if folder := os.environ.get("CMCGNS_SCREENSHOTS"):
+        tab.screenshot(path=f"{folder}/{name}.png")
+
+
+def source_of(tab, selector):
+    return tab.locator(selector).first.get_attribute("src", timeout=240_000)
+
+
+def until_other(tab, selector, before):
+    "Wait until a picture is another one."
+    tab.wait_for_function("([s, b]) => { const i = document.querySelector(s); return i && i.src != b }", arg=[selector, before], timeout=60_000)
+
+
+def test_attention_in_the_browser(browser, lab):
+    tab = open_page(browser, lab, "explore_attention")
+    film = ".cmcgns-stage img"
+    tab.wait_for_selector(film, timeout=240_000)
+    before = source_of(tab, film)
+    tab.locator(".cmcgns-stage").scroll_into_view_if_needed()
+    shot(tab, "attention-1")
+    tab.locator(".cmcgns-spot").nth(6).click()
+    until_other(tab, film, before)
+    before = source_of(tab, film)
+    tab.locator(".widget-select select").last.select_option(index=2)
+    until_other(tab, film, before)
+    shot(tab, "attention-2")
+    tab.close()
+
+
+def test_clusters_in_the_browser(browser, lab):
+    tab = open_page(browser, lab, "explore_clusters")
+    tab.wait_for_selector(".cmcgns-dot", timeout=240_000)
+    films = ".widget-image"
+    before = source_of(tab, films)
+    tab.locator(".cmcgns-stage").scroll_into_view_if_needed()
+    shot(tab, "clusters-1")
+    tab.locator(".cmcgns-dot").nth(100).click(force=True)
+    until_other(tab, films, before)
+    shot(tab, "clusters-2")
+    tab.close()
+
+
+def test_reconstruction_in_the_browser(browser, lab):
+    tab = open_page(browser, lab, "explore_reconstruction")
+    picture = ".widget-image"
+    tab.wait_for_selector(picture, timeout=240_000)
+    before = source_of(tab, picture)
+    tab.locator(picture).scroll_into_view_if_needed()
+    shot(tab, "reconstruction-1")
+    handle = tab.locator(".widget-slider .noUi-handle").first
+    handle.focus()
+    for _ in range(4):
+        handle.press("ArrowRight")
+    until_other(tab, picture, before)
+    shot(tab, "reconstruction-2")
+    tab.close()
+
+
+@pytest.mark.parametrize("name", [p.stem for p in PAGES if p.stem not in WIDGETS])
+def test_page_runs_in_the_browser(browser, lab, name):
+    tab = open_page(browser, lab, name)
+    cells = sum(kind == "code" and bool(source.strip()) for kind, _, source, _ in sources(ROOT / "nbs" / "explore" / f"{name}.ipynb"))
+    tab.wait_for_timeout(2000)
+    tab.wait_for_selector(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=300_000)
+    kept = json.loads(urlopen(f"{lab}/api/contents/{name}.ipynb", timeout=30).read())["content"]
+    assert cells == sum(c["cell_type"] == "code" for c in kept["cells"]) and not tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg").count()
+    shot(tab, name)
+    tab.close()
