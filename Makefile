@@ -33,7 +33,7 @@ help:
 
 $(READY): settings.ini setup.py constraints.txt
 	@echo 'Installing the pinned packages into $(VENV) (once; a few minutes)'
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cmcgns needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5) and "cmcgns needs Python 3.11.5 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(IPYTHONDIR) $(JUPYTER_CONFIG_DIR) $(MPLCONFIGDIR)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

@@ -260,9 +260,17 @@ def open_page(browser, lab, name):
     tab = browser.new_page(viewport=dict(width=1300, height=1500))
     tab.goto(f"{lab}/doc/tree/{name}.ipynb?reset", timeout=120_000)
     tab.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
-    tab.wait_for_selector(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120_000)
-    tab.get_by_role("menuitem", name="Run", exact=True).click()
-    tab.get_by_text("Run All Cells", exact=True).click()
+    started = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(p => /\\[(\\*|\\d+)\\]/.test(p.textContent))"
+    done = "() => { const p = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent); return p.some(t => /\\d/.test(t)) && !p.some(t => t.includes('*')) }"
+    for _ in range(6): # what is asked before the kernel is connected is lost
+        tab.wait_for_timeout(3000)
+        tab.get_by_role("menuitem", name="Run", exact=True).click()
+        tab.get_by_text("Run All Cells", exact=True).click()
+        tab.wait_for_timeout(1000)
+        if tab.evaluate(started):
+            break
+    tab.wait_for_function(done, timeout=300_000)
+    tab.wait_for_timeout(500)
     return tab
 
 
@@ -330,8 +338,6 @@ def test_reconstruction_in_the_browser(browser, lab):
 def test_page_runs_in_the_browser(browser, lab, name):
     tab = open_page(browser, lab, name)
     cells = sum(kind == "code" and bool(source.strip()) for kind, _, source, _ in sources(ROOT / "nbs" / "explore" / f"{name}.ipynb"))
-    tab.wait_for_timeout(2000)
-    tab.wait_for_selector(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=300_000)
     kept = json.loads(urlopen(f"{lab}/api/contents/{name}.ipynb", timeout=30).read())["content"]
     assert cells == sum(c["cell_type"] == "code" for c in kept["cells"]) and not tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg").count()
     shot(tab, name)
