@@ -43,7 +43,7 @@ reproduce: $(READY)
 	$(BIN)/cmcgns reproduce --tables $(TABLES) --preset $(PRESET) --seeds $(SEEDS) $(if $(DATA),--data-root '$(DATA)')
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest tests -m 'not slow'

@@ -141,7 +141,7 @@ def show_pages(r, pages, place:Path, tables:str):
         run_page(name, place/name, **{k: v for k, v in asked.items() if k in page_parameters(name)})
     settings = dict(pages=', '.join(pages)) | {k: v for k, v in common.items() if k not in ('runs', 'cache', 'data_root')}
     report = write_report(place, list(pages), settings)
-    table = next((t for t in (place/p/'table.md' for p in pages) if t.exists()), None) or next(iter(place.glob('*/*.md')), None)
+    table = next((t for t in (place/p/f'{p}.md' for p in pages) if t.exists()), None)
     typer.echo(f"{table.read_text() if table else ''}\nthe report: {report}")
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c016

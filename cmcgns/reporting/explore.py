@@ -164,7 +164,8 @@ CSS = """<style>
 .cmcgns-stage {position: relative; overflow: hidden; flex: none}
 .cmcgns-spot {position: absolute !important; margin: 0 !important; padding: 0 !important; min-width: 0; border: 0; line-height: 0; overflow: hidden}
 .cmcgns-spot:hover, .cmcgns-spot:focus {outline: 2px solid #56B4E9; outline-offset: -2px; z-index: 2}
-.cmcgns-dot {border-radius: 50%; opacity: .85}
+.cmcgns-dot {border-radius: 50% !important; opacity: .85}
+.cmcgns-dot:hover, .cmcgns-dot:focus {outline-offset: 0; opacity: 1}
 </style>"""
 
 def make_spots(places:Sequence[Sequence[float]], # left, top, width and height of each, as CSS lengths
@@ -366,14 +367,14 @@ class ClusterExplorer(Explorer):
         self.chart, self.origin, n = chart, origin, len(chart.texts)
         if chosen is None: chosen = next((j for j in range(n) if (roles_of(chart, j) == 'false negative').any()), 0)
         listed = sorted(((f'{chart.texts[j]} · {chart.studies[chart.sentences.report[j]].id}', j) for j in range(n)), key=lambda o: o[0])
-        self.sentence = w.Select(options=listed, value=chosen, rows=7, description='sentence', layout=w.Layout(width='min(620px, 95%)'))
+        self.sentence = w.Select(options=listed, value=chosen, rows=7, description='sentence', layout=w.Layout(width='98%'))
         known = ['role'] + ['cluster it falls into'] * (chart.named is not None) + ['meaning'] * bool(chart.meanings)
         self.by = w.ToggleButtons(options=known, description='colours')
-        self.legend, self.words, self.films = w.HTML(), w.HTML(), w.Image(format='png')
+        self.legend, self.words, self.films = w.HTML(), w.HTML(), w.Image(format='png', layout=w.Layout(align_self='flex-start', max_width='100%'))
         self.spots = make_spots([(f'{2 + 94 * x:.2f}%', f'{95 - 94 * y:.2f}%', '9px', '9px') for x, y in chart.at], chart.texts, self.choose, 'cmcgns-dot')
         frame = make_stage(self.spots, side, side)
         frame.layout.border = f'1px solid {GREY}'
-        self.box = w.VBox([self.by, w.HBox([w.VBox([frame, self.legend], layout=w.Layout(width=f'{side + 20}px')), w.VBox([self.sentence, self.words])],
+        self.box = w.VBox([self.by, w.HBox([w.VBox([frame, self.legend], layout=w.Layout(width=f'{side + 20}px')), w.VBox([self.sentence, self.words], layout=w.Layout(flex='1 1 340px', min_width='0'))],
                                            layout=w.Layout(flex_flow='row wrap')), self.films])
         self.draw()
         for widget in self.sentence, self.by: widget.observe(self.draw, 'value')
@@ -446,11 +447,11 @@ class ReconstructionExplorer(Explorer):
         import ipywidgets as w
         self.opened, test = opened, opened.test
         self.n = min(films, len(test))
-        self.share = w.FloatSlider(.5, min=0., max=1., step=.0625, description='hidden share', readout_format='.0%', continuous_update=False)
+        self.share = w.FloatSlider(.5, min=0., max=1., step=.0625, description='hidden', readout_format='.0%', continuous_update=False)
         self.draw_number = w.IntSlider(0, min=0, max=9, description='draw', continuous_update=False)
         self.first = w.IntSlider(0, min=0, max=len(test) - self.n, description='first film', continuous_update=False)
         self.told = w.Dropdown(options=TOLD, description='told')
-        self.picture, self.words = w.Image(format='png'), w.HTML()
+        self.picture, self.words = w.Image(format='png', layout=w.Layout(align_self='flex-start', max_width='100%')), w.HTML()
         self.box = w.VBox([w.HBox([self.share, self.draw_number], layout=w.Layout(flex_flow='row wrap')), w.HBox([self.first, self.told], layout=w.Layout(flex_flow='row wrap')),
                            self.words, self.picture])
         self.draw()

@@ -94,9 +94,9 @@ def briefly(table:Table)->Table: # the random encoder and the whole method; one 
     return table._replace(arms=tuple(a for a in table.arms if a in (RANDOM, OURS)), asked=tuple((data, short(q)) for data, q in table.asked))
 
 # %% ../../nbs/reporting/48_plan.ipynb #c021
-CORPORA = 'mimic_cxr', 'openi', 'covid_cxr' # with reports; the first that is there is pre-trained on
+CORPORA = 'mimic_cxr', 'covid_cxr', 'openi' # with reports; the first that is there is pre-trained on
 STAND_INS = {'tiny': 80, 'laptop': 400} # films of a stand-in
-HEAD_EPOCHS = {'tiny': 2} # of a detection or segmentation head; as published otherwise
+HEAD_EPOCHS = {'tiny': 1} # of a detection or segmentation head; as published otherwise
 
 @dataclass
 class Reproduction:
