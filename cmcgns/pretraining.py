@@ -267,12 +267,13 @@ def train_stage(model:CMCGNS, # where to start
                 epochs:int, # of this stage
                 folder:Path, # for checkpoints; a run found there is continued
                 title:str, # of the progress bar
+                callbacks:Sequence[TrainerCallback]=(), # further ones, like `EpochAudit`
 )->tuple[CMCGNS, list[dict]]: # the best epoch's model in evaluation mode, the log
     "Train for one stage, or go on with it; `settings.keep` says which epoch is returned."
     settings = replace_fields(settings, batch_size=min(settings.batch_size, len(train)))
     model.image_encoder.to(memory_format=torch.channels_last) # convolutions are faster so
     trainer = PairTrainer(model, arguments(settings, epochs, folder, len(train)//settings.batch_size), collate, train, validation,
-                          callbacks=[Bar(title), KeepWhole(), BestSinceStart()])
+                          callbacks=[Bar(title), KeepWhole(), BestSinceStart(), *callbacks])
     for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
     start = last_checkpoint(folder)
     with quiet_transformers(): trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -290,7 +291,7 @@ def make_tokenizer(settings:Settings, # of the run
 def start_stage(stage:int, # 1 or 2
                 settings:Settings, # of the run
                 vocab_size:int, # entries of the vocabulary
-                folder:Path, # of the run: stage 2 starts from the best of stage 1, kept there
+                folder:Path|None=None, # of the run: stage 2 starts from the best of stage 1, kept there
 )->CMCGNS:
     "The model a stage starts from."
     if stage == 1:
@@ -306,6 +307,7 @@ def pretrain(settings:Settings, # what to do
              train:Corpus, # pairs to learn from
              validation:Corpus, # pairs that choose the best epoch
              folder, # of the run; what an earlier, killed call left there is continued
+             callbacks:Sequence[TrainerCallback]=(), # to watch the training, like `EpochAudit`
 )->tuple[CMCGNS, dict]: # the best stage-2 model (stage 1's, if stage 2 has no epochs); the log of each stage
     "Pre-train in two stages; models, tokenizer and logs stay in `folder`."
     folder = Path(folder)
@@ -318,7 +320,7 @@ def pretrain(settings:Settings, # what to do
         place = folder/f'stage{stage}'
         if not (place/'model').exists():
             model, log = train_stage(start_stage(stage, settings, len(tokenizer), folder), Pairs(train, tokenizer, settings),
-                                     Pairs(validation, tokenizer, settings), settings, epochs, place, f'stage {stage}')
+                                     Pairs(validation, tokenizer, settings), settings, epochs, place, f'stage {stage}', callbacks)
             with quiet_transformers(): save_whole(place/'model', lambda part, m=model, l=log: (m.save_pretrained(part), (part/'log.json').write_text(json.dumps(l))))
             for c in place.glob('checkpoint-*'): remove_checkpoint(c)
         logs[f'stage{stage}'] = json.loads((place/'model'/'log.json').read_text())

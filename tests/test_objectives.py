@@ -2,7 +2,6 @@
 import sys
 
 import pytest
-import torch
 from test_pretraining import corpus
 
 from cmcgns.model import CMCGNS, CMCGNSConfig, Method, build_model, load_model, make_config, next_stage, replace_fields
@@ -10,14 +9,6 @@ from cmcgns.objectives import OBJECTIVES, find_objective, objective_code
 from cmcgns.pretraining import make_settings, pretrain
 
 SMALL = dict(width=32, clusters=4, cluster_start=1.1)
-
-
-def batch(seed=0, size=64, vocab=50):
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, vocab, (6, 12), generator=g)
-    sentence = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 0], [0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0, 0]] * 2)
-    return dict(pixel_values=torch.rand(6, 1, size, size, generator=g) * 2 - 1, input_ids=ids,
-                attention_mask=(torch.arange(12) < torch.tensor([12, 6, 9] * 2)[:, None]).long(), sentence_ids=sentence)
 
 
 def test_every_name_of_the_library_is_an_objective():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MISLEADING', 'SIGNS', 'runs_of', 'cell', 'dig', 'labelled_row', 'labelled_table', 'difference_row',
            'difference_table', 'told_apart', 'unlabelled_table', 'published_rows', 'latex', 'save_table',
-           'describe_origin', 'save_result']
+           'describe_origin', 'describe_heads', 'save_result']
 
 # %% ../../nbs/reporting/49_results.ipynb #c002
 import csv
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.classification import accuracy, bootstrap_difference, mean_auroc, score_key
-from .experiments import Question
+from .experiments import ASKED, Question
 from .plan import Reproduction, Table, job_of
 from .runs import Run
 from .tables import by_fraction, markdown, save_csv, spell
@@ -144,6 +144,11 @@ def describe_origin(r:Reproduction, datasets:Sequence[str]=('corpus',))->str:
     said = f"Pre-trained on {r.problem('corpus').name} ({len(r.problem('corpus').rows('train'))} training studies), preset {r.preset}, pre-training seeds {', '.join(map(str, r.seeds))}, split {r.problem('corpus').split.hash[:8]} ({r.split}). "
     if drawn: said += f"Synthetic data, no patients: {', '.join(drawn)}. These numbers say that the code learns, and nothing about X-rays. "
     return said + 'Mean ± standard deviation over pre-training seeds × draws of labels; in brackets 95 % bootstrap intervals over test patients (images where patients are unknown).'
+
+def describe_heads(r:Reproduction, table:Table)->str: # nothing for a table without boxes and masks
+    "How long the heads of a table learned, and from how many draws."
+    q = next((q for _, q in r.asked(table) if q.task in ASKED), None)
+    return '' if q is None else f" Heads for {q.task}: at most {q.epochs} epoch{'s' * (q.epochs > 1)} (as published: 50), {len(q.seeds)} draw{'s' * (len(q.seeds) > 1)} of labels."
 
 def save_result(r:Reproduction, page:str, place, found:Mapping[str, Run], **content):
     "Write `result.json`: what a page found, from which runs, on which data."
