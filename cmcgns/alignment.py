@@ -63,9 +63,11 @@ def retrieval_accuracy(image:Tensor, # (b, d)
 # %% ../nbs/core/03_alignment.ipynb #c028
 def sigmoid_weights(q:Tensor, # queries, (b, n, d)
                     k:Tensor, # keys, (b, m, d)
+                    shift:Tensor|float=0., # added to each query's products, (b, n)
 )->Tensor: # weight of each key for each query, each in (0, 1), not summing to 1, (b, n, m)
     "Sigmoid attention weights."
-    return torch.sigmoid(q @ k.mT / q.shape[-1]**.5)
+    shift = shift[..., None] if isinstance(shift, Tensor) else shift # (b, n, 1)
+    return torch.sigmoid((q @ k.mT + shift) / q.shape[-1]**.5)
 
 # %% ../nbs/core/03_alignment.ipynb #c030
 class CrossAttention(nn.Module):
@@ -75,24 +77,26 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.sentence_qkv, self.patch_qkv = nn.Linear(d, 3*d), nn.Linear(d, 3*d)
 
-    def project(self, sentences:Tensor, # (b, m, d)
-                patches:Tensor, # (b, p, d)
-                exists:Tensor, # which sentences exist, (b, m), bool
-    )->tuple: # query, key, value of the sentences; of the patches; which exist, (b, m, 1)
-        "The six projections, and the mask as a column."
+    def meet(self, sentences:Tensor, # (b, m, d)
+             patches:Tensor, # (b, p, d)
+             exists:Tensor, # which sentences exist, (b, m), bool
+    )->tuple[Tensor, Tensor, Tensor]: # of the patches for each sentence, (b, m, p); of the sentences for each patch, (b, p, m); the sentences' values, (b, m, d)
+        "The weights both ways; the patches' queries and keys are never written down."
         seen = exists[..., None] # (b, m, 1)
-        return self.sentence_qkv(sentences.masked_fill(~seen, 0)).chunk(3, -1), self.patch_qkv(patches).chunk(3, -1), seen
+        q, k, v = self.sentence_qkv(sentences.masked_fill(~seen, 0)).chunk(3, -1) # (b, m, d)
+        (w_q, w_k, _), (b_q, b_k, _) = self.patch_qkv.weight.chunk(3), self.patch_qkv.bias.chunk(3)
+        looks, heard = (sigmoid_weights(x @ w, patches, x @ b) * seen for x, w, b in ((q, w_k, b_k), (k, w_q, b_q))) # (b, m, p)
+        return looks, heard.mT, v
 
-    def weights(self, sentences:Tensor, patches:Tensor, exists:Tensor,
-    )->tuple[Tensor, Tensor]: # of the patches for each sentence, (b, m, p); of the sentences for each patch, (b, p, m)
+    def weights(self, sentences:Tensor, patches:Tensor, exists:Tensor)->tuple[Tensor, Tensor]: # (b, m, p), (b, p, m)
         "Where each sentence looks, and which sentences each patch hears."
-        (q_s, k_s, _), (q_p, k_p, _), seen = self.project(sentences, patches, exists)
-        return sigmoid_weights(q_s, k_p) * seen, sigmoid_weights(q_p, k_s) * seen.mT
+        return self.meet(sentences, patches, exists)[:2]
 
     def forward(self, sentences:Tensor, patches:Tensor, exists:Tensor,
     )->tuple[Tensor, Tensor]: # sentences told by the image, (b, m, d); patches told by the report, (b, p, d)
-        (q_s, k_s, v_s), (q_p, k_p, v_p), seen = self.project(sentences, patches, exists)
-        return sigmoid_weights(q_s, k_p) * seen @ v_p, sigmoid_weights(q_p, k_s) * seen.mT @ v_s
+        looks, hears, v = self.meet(sentences, patches, exists)
+        w_v, b_v = self.patch_qkv.weight.chunk(3)[2], self.patch_qkv.bias.chunk(3)[2]
+        return looks @ patches @ w_v.T + looks.sum(-1, keepdim=True) * b_v, hears @ v
 
 # %% ../nbs/core/03_alignment.ipynb #c040
 class Predictor(nn.Sequential):

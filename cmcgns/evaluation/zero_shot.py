@@ -185,7 +185,7 @@ def region_scores(model:nn.Module, # a `CMCGNS`
     if how == 'cosine': return torch.stack([cosines(s, p) for s, p in zip(sentences, patches)])
     weights = model.attention.weights(sentences, patches, exists)[0]
     if how == 'attention': return weights
-    return weights * (sentences @ model.attention.project(sentences, patches, exists)[1][2].mT)
+    return weights * (sentences @ model.attention.patch_qkv(patches).chunk(3, -1)[2].mT)
 
 # %% ../../nbs/evaluation/23a_zero_shot.ipynb #c029
 def draw_maps(model:nn.Module, # a `CMCGNS`
