@@ -26,7 +26,7 @@ app.add_typer(data, name='data')
 Preset = Annotated[str, typer.Option(help="tiny, laptop, paper-resnet50 or paper-vit")]
 DataRoot = Annotated[Optional[Path], typer.Option(help="folder with real data; without it the synthetic world is used")]
 Dataset = Annotated[Optional[str], typer.Option(help="which data set, if the folder holds several")]
-SplitBy = Annotated[str, typer.Option('--split', help="ours, published, image-level (to match old numbers), or published lists by name or path")]
+SplitBy = Annotated[str, typer.Option('--split', help="ours, published, image-level (to match old numbers), fold1of5 …, or published lists by name or path; reproduce knows 5folds too: all of them")]
 Changes = Annotated[list[str], typer.Option('--set', help="change a setting, e.g. --set lr=1e-4; may be repeated")]
 Seed = Annotated[Optional[int], typer.Option(help="seed of the pre-training; the preset's if not given")]
 Published = Annotated[bool, typer.Option('--as-published', help="switch on every behaviour of the published code that differs from ours")]
