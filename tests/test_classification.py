@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 from cmcgns.data.studies import Split, Study, label_array, split_studies
-from cmcgns.evaluation.classification import (accuracy, auroc, bootstrap_difference, bootstrap_interval, compare_encoders, draw_values, draw_weights,
-                                              evaluate_fractions, extract_features, fit_probe, hold_still, mean_auroc, score_key)
+from cmcgns.evaluation.classification import (SOLVERS, accuracy, auroc, bootstrap_difference, bootstrap_interval, compare_encoders, draw_values, draw_weights,
+                                              evaluate_fractions, extract_features, fit_adamw, fit_probe, fit_probes, fit_together, hold_still, mean_auroc, score_key)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, roc_auc_score
@@ -265,3 +265,37 @@ def test_no_global_seed_is_touched(solver):
     fit_probe(x, y, x, y, solver)
     bootstrap_interval(auroc, y[:, 0], x[:, 1])
     assert states() == before
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("n,c,k", [(120, 6, 3), (61, 30, 4)])
+def test_layers_trained_together_are_those_trained_alone(n, c, k, exclusive):
+    "Unknown labels, draws of one study up to all, equal draws with other seeds; each stops by itself."
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=(n, c)) + 1
+    y = np.eye(k)[(x[:, :k] + rng.normal(size=(n, k))).argmax(1)]
+    y[rng.random(n) < .1] = np.nan
+    if not exclusive: y[rng.random((n, k)) < .1] = np.nan
+    val = np.arange(n - 20, n)
+    draws, seeds = [rng.permutation(n - 20)[:m] for m in (1, 7, 16, 17, n - 20, n - 20)], [0, 1, 2, 3, 4, 5]
+    how = dict(lr=.03, batch_size=16, epochs=25, patience=2)
+    together = fit_together(x, y, draws, seeds, x[val], y[val], exclusive, **how)
+    alone = [fit_adamw(x[d], y[d], x[val], y[val], exclusive, s, **how) for d, s in zip(draws, seeds, strict=True)]
+    assert [p.chosen for p in together] == [p.chosen for p in alone] and len({p.chosen for p in alone}) > 1
+    for p, q in zip(together, alone, strict=True): np.testing.assert_allclose(p.scores(x), q.scores(x), atol=1e-4)
+
+
+def test_probes_of_many_draws_are_those_of_each():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 5)).astype(np.float32)
+    y = (x[:, :2] + rng.logistic(size=(90, 2)) > 0).astype(float)
+    draws, val = [np.arange(40), np.arange(20, 70)], np.arange(70, 90)
+    for solver in SOLVERS:
+        for seed, d, probe in zip((3, 4), draws, fit_probes(x, y, draws, (3, 4), val, solver), strict=True):
+            one = fit_probe(x[d], y[d], x[val], y[val], solver, seed=seed)
+            assert probe.chosen == one.chosen and np.abs(probe.weight - one.weight).max() < 1e-5
+    broken = np.where(np.arange(90)[:, None] == 80, np.nan, x)
+    for solver in SOLVERS:
+        with pytest.raises(ValueError, match="not all finite"): fit_probes(broken, y, draws, (3, 4), val, solver)
+        with pytest.raises(ValueError, match="needs both 0 and 1"): fit_probes(x, np.ones_like(y), draws, (3, 4), val, solver)
+    with pytest.raises(ValueError, match="unknown solver 'sgd'"): fit_probes(x, y, draws, (3, 4), val, 'sgd')

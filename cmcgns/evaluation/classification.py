@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'SOLVERS', 'hold_still', 'module_of', 'check_features', 'extract_features', 'auroc', 'mean_auroc',
            'accuracy', 'draw_weights', 'draw_values', 'spread', 'bootstrap_interval', 'bootstrap_difference', 'Probe',
-           'probe_loss', 'rotate', 'walk_strengths', 'solve', 'fit_lbfgs', 'fit_adamw', 'check_labels', 'fit_probe',
-           'score_key', 'rows_of', 'describe', 'evaluate_fractions', 'compare_encoders']
+           'probe_loss', 'rotate', 'walk_strengths', 'solve', 'fit_lbfgs', 'fit_adamw', 'probe_gradient', 'adamw_step',
+           'lay_batches', 'first_layers', 'BestLayers', 'fit_together', 'check_labels', 'check_solver', 'fit_probe',
+           'fit_probes', 'score_key', 'rows_of', 'describe', 'evaluate_fractions', 'compare_encoders']
 
 # %% ../../nbs/evaluation/20_classification.ipynb #c002
 from collections.abc import Callable, Iterator, Sequence
@@ -289,6 +290,92 @@ def fit_adamw(x:np.ndarray, # (n, c)
         elif epoch - found.chosen[0] >= patience: break
     return found
 
+# %% ../../nbs/evaluation/20_classification.ipynb #c052b
+def probe_gradient(scores:Tensor, # of each layer's batch, (s, b, k)
+                   y:Tensor, # labels, as `probe_loss` takes them, (s, b, k)
+                   exclusive:bool=False, # the classes exclude each other
+)->Tensor: # (s, b, k); 0 where nothing is known
+    "The gradient of each layer's `probe_loss` by its scores."
+    known = ~y.isnan()
+    if exclusive: known = known.all(-1, keepdim=True) # (s, b, 1)
+    wrong = (scores.softmax(-1) if exclusive else scores.sigmoid()) - y
+    return torch.where(known, wrong, 0.) / known.sum((1, 2), keepdim=True).clamp(min=1)
+
+# %% ../../nbs/evaluation/20_classification.ipynb #c052e
+def adamw_step(w:Tensor, m:Tensor, v:Tensor, # weights and both means, changed in place, (s, c, k)
+               g:Tensor, # gradients, (s, c, k)
+               t:Tensor, # how many steps each has taken, this one included, (s,)
+               lr:float, weight_decay:float, # of all
+               betas:tuple[float, float]=(.9, .999), eps:float=1e-8, # as in torch
+):
+    "One step of AdamW of each layer."
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    first, second = ((1 - b ** t.double()).to(w.dtype)[:, None, None] for b in betas) # (s, 1, 1)
+    w.mul_(1 - lr * weight_decay).addcdiv_(m * (-lr / first), (v / second).sqrt_().add_(eps))
+
+# %% ../../nbs/evaluation/20_classification.ipynb #c052g
+def lay_batches(draws:Sequence[Tensor], # positions of each layer's studies, most first
+                chances:Sequence[torch.Generator], # each layer's own
+                size:int, # of a batch
+                filler:int, # position of a study of which nothing is known
+)->tuple[Tensor, Tensor]: # positions, (steps, s, size); how many layers take each step, (steps,)
+    "The batches of one epoch, shuffled."
+    steps = [-(-len(d) // size) for d in draws]
+    shuffled = [F.pad(d[torch.randperm(len(d), generator=c)], (0, steps[0] * size - len(d)), value=filler) for d, c in zip(draws, chances)]
+    at_work = (torch.tensor(steps) > torch.arange(steps[0])[:, None]).sum(1)
+    return torch.stack(shuffled).view(len(draws), steps[0], size).transpose(0, 1).contiguous(), at_work
+
+def first_layers(chances:Sequence[torch.Generator], c:int, k:int)->Tensor: # (s, c+1, k), the bias last
+    "Weights as `nn.Linear` draws them."
+    return torch.stack([torch.cat([(torch.rand(shape, generator=g) * 2 - 1) / c ** .5 for shape in ((c, k), (1, k))]) for g in chances])
+
+# %% ../../nbs/evaluation/20_classification.ipynb #c052h
+class BestLayers:
+    "The best epoch of each layer, and which layers go on."
+    def __init__(self, w:Tensor): # (s, c, k)
+        self.loss, self.epoch, self.w = torch.full((len(w),), torch.inf), torch.zeros(len(w), dtype=torch.long), w.clone()
+
+    def update(self, at:Tensor, # which layers these are, (a,)
+               w:Tensor, # (a, c, k)
+               loss:Tensor, # on the validation part, (a,)
+               epoch:int, patience:int, # now, and without a gain before a layer stops
+    )->Tensor: # which go on, (a,), bool
+        "Keep what is better."
+        better = loss < self.loss[at]
+        for mine, new in (self.loss, loss), (self.epoch, torch.full_like(at, epoch)), (self.w, w): mine[at[better]] = new[better]
+        return epoch - self.epoch[at] < patience
+
+# %% ../../nbs/evaluation/20_classification.ipynb #c052i
+def fit_together(x:np.ndarray, # features of all studies, (n, c)
+                 y:np.ndarray, # (n, k)
+                 draws:Sequence[np.ndarray], # positions of the studies each layer learns from
+                 seeds:Sequence[int], # of the first weights and of the order, one a layer
+                 x_val:np.ndarray, # (m, c)
+                 y_val:np.ndarray, # (m, k)
+                 exclusive:bool=False, # the classes exclude each other
+                 lr:float=5e-4, weight_decay:float=1e-6, batch_size:int=48, epochs:int=100, patience:int=10, # as published
+)->list[Probe]: # in the order of the draws
+    "Train many layers on one set of features; each ends up as `fit_adamw` would have left it."
+    order = sorted(range(len(draws)), key=lambda i: -len(draws[i]))
+    rows, chances = [torch.as_tensor(draws[i]) for i in order], [torch.Generator().manual_seed(seeds[i]) for i in order]
+    x, x_val = (F.pad(torch.from_numpy(a.astype(np.float32)), (0, 1), value=1.) for a in (x, x_val)) # (n, c+1)
+    y, y_val = F.pad(torch.from_numpy(y.astype(np.float32)), (0, 0, 0, 1), value=torch.nan), torch.from_numpy(y_val.astype(np.float32)) # (n+1, k)
+    x, at = F.pad(x, (0, 0, 0, 1)), torch.arange(len(draws)) # (n+1, c+1)
+    w = first_layers(chances, x.shape[1] - 1, y.shape[1])
+    m, v, t, best = torch.zeros_like(w), torch.zeros_like(w), torch.zeros(len(w)), BestLayers(w)
+    for epoch in range(1, epochs + 1):
+        for rows_now, a in zip(*lay_batches([rows[i] for i in at], [chances[i] for i in at], batch_size, len(x) - 1)):
+            batch = x[rows_now[:a]] # (a, b, c+1)
+            t[:a] += 1
+            adamw_step(w[:a], m[:a], v[:a], batch.mT @ probe_gradient(batch @ w[:a], y[rows_now[:a]], exclusive), t[:a], lr, weight_decay)
+        now = torch.stack([probe_loss(x_val @ layer, y_val, exclusive) for layer in w])
+        on = best.update(at, w, now, epoch, patience)
+        if not on.any(): break
+        if not on.all(): at, w, m, v, t = (state[on] for state in (at, w, m, v, t))
+    found = {i: Probe(layer[:-1].numpy(), layer[-1].numpy(), (epoch,)) for i, layer, epoch in zip(order, best.w, best.epoch.tolist())}
+    return [found[i] for i in range(len(draws))]
+
 # %% ../../nbs/evaluation/20_classification.ipynb #c054
 SOLVERS = {'lbfgs': fit_lbfgs, 'adamw': fit_adamw}
 
@@ -300,6 +387,10 @@ def check_labels(y:np.ndarray, y_val:np.ndarray, exclusive:bool):
         if classes != [0, 1]: raise ValueError(f"the training labels of column {j} are {classes} in {len(y)} studies: a probe needs both 0 and 1")
         if np.isnan(y_val[:, j]).all(): raise ValueError(f"no validation label of column {j} is known in {len(y_val)} studies: nothing to choose by")
 
+def check_solver(solver:str):
+    "Raise `ValueError` for a solver that is not there."
+    if solver not in SOLVERS: raise ValueError(f"unknown solver {solver!r}: known are {', '.join(SOLVERS)}")
+
 def fit_probe(x:np.ndarray, # training features, (n, c)
               y:np.ndarray, # 1, 0 or NaN; one-hot rows if `exclusive`, (n, k)
               x_val:np.ndarray, # validation features, (m, c)
@@ -309,12 +400,28 @@ def fit_probe(x:np.ndarray, # training features, (n, c)
               seed:int=0, # used by 'adamw' only
 )->Probe: # what it chose, it chose on the validation part
     "Fit a linear layer to frozen features. Raises `ValueError` for labels that cannot be learned and for an unknown solver."
-    if solver not in SOLVERS: raise ValueError(f"unknown solver {solver!r}: known are {', '.join(SOLVERS)}")
+    check_solver(solver)
     x, y, x_val, y_val = (np.asarray(a, np.float64) for a in (x, y, x_val, y_val))
     if len(x) != len(y) or len(x_val) != len(y_val): raise ValueError(f"{len(x)} and {len(x_val)} features for {len(y)} and {len(y_val)} labels: give one each")
     if not (np.isfinite(x).all() and np.isfinite(x_val).all()): raise ValueError("features are not all finite: the encoder is not fit to be evaluated")
     check_labels(y, y_val, exclusive)
     return SOLVERS[solver](x, y, x_val, y_val, exclusive, seed)
+
+# %% ../../nbs/evaluation/20_classification.ipynb #c063b
+def fit_probes(features:np.ndarray, # of all studies, (n, c)
+               labels:np.ndarray, # 1, 0 or NaN; one-hot rows if `exclusive`, (n, k)
+               draws:Sequence[np.ndarray], # positions of the studies each probe learns from
+               seeds:Sequence[int], # one a draw, used by 'adamw' only
+               val:np.ndarray, # positions of the validation part
+               solver:str='lbfgs', # or 'adamw'
+               exclusive:bool=False, # the classes exclude each other
+)->list[Probe]: # one a draw, as `fit_probe` fits it
+    "Fit one probe for each draw. Raises what `fit_probe` raises."
+    check_solver(solver)
+    if solver != 'adamw': return [fit_probe(features[d], labels[d], features[val], labels[val], solver, exclusive, s) for d, s in zip(draws, seeds)]
+    if not np.isfinite(features).all(): raise ValueError("features are not all finite: the encoder is not fit to be evaluated")
+    for d in draws: check_labels(labels[d], labels[val], exclusive)
+    return fit_together(features, labels, draws, seeds, features[val], labels[val], exclusive)
 
 # %% ../../nbs/evaluation/20_classification.ipynb #c065
 def score_key(fraction:float, seed:int)->str:
@@ -357,17 +464,16 @@ def evaluate_fractions(features:np.ndarray, # of all studies, (n, c)
     part, at, rows, fitted = rows_of(studies, split), {s.id: i for i, s in enumerate(studies)}, [], {}
     test = [studies[i] for i in part['test']]
     kept = dict(ids=np.array([s.id for s in test]), patients=np.array([s.patient for s in test]), y=labels[part['test']])
-    for fraction in fractions:
-        for seed in seeds:
-            draw = draw_fraction([studies[i] for i in part['train']], fraction, seed, targets)
-            key = (draw.hash, seed if solver == 'adamw' else None)
-            if key not in fitted:
-                drawn, val = np.sort([at[i] for i in draw.ids]), part['validation']
-                probe = fit_probe(features[drawn], labels[drawn], features[val], labels[val], solver, exclusive, seed)
-                scores = probe.scores(features[part['test']])
-                fitted[key] = scores, describe(kept['y'], scores, kept['patients'], targets, exclusive, n_bootstrap)
-            kept[score_key(fraction, seed)], found = fitted[key]
-            rows.append(dict(fraction=fraction, seed=seed, n_train=len(draw.ids), **found, solver=solver, split=split.hash, draw=draw.hash))
+    draws = {(f, s): draw_fraction([studies[i] for i in part['train']], f, s, targets) for f in fractions for s in seeds}
+    keys = {(f, s): (d.hash, s if solver == 'adamw' else None) for (f, s), d in draws.items()} # equal for equal probes
+    distinct = {key: cell for cell, key in reversed(keys.items())}
+    probes = fit_probes(features, labels, [np.sort([at[i] for i in draws[cell].ids]) for cell in distinct.values()], [s for _, s in distinct.values()], part['validation'], solver, exclusive)
+    for key, probe in zip(distinct, probes):
+        scores = probe.scores(features[part['test']])
+        fitted[key] = scores, describe(kept['y'], scores, kept['patients'], targets, exclusive, n_bootstrap)
+    for (fraction, seed), draw in draws.items():
+        kept[score_key(fraction, seed)], found = fitted[keys[fraction, seed]]
+        rows.append(dict(fraction=fraction, seed=seed, n_train=len(draw.ids), **found, solver=solver, split=split.hash, draw=draw.hash))
     return rows, kept
 
 # %% ../../nbs/evaluation/20_classification.ipynb #c071
