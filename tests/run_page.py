@@ -1,4 +1,5 @@
 "Run the code cells of one notebook in this process: python run_page.py PAGE.ipynb"
+import os
 import sys
 
 import matplotlib
@@ -18,6 +19,16 @@ def main(path):
             print(f"{path}, cell {i}:\n{cell.source}\n{shell.pretty_tb() if hasattr(shell, 'pretty_tb') else ''}{shell.exc!r}", file=sys.stderr)
             return 1
     return 0
+
+
+def main_in(folder, path, log):
+    "The same in a folder, with the standard streams of this process going to a file."
+    os.chdir(folder)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+    sys.exit(main(path))
 
 
 if __name__ == "__main__":
