@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -258,7 +259,7 @@ def read_weights(backbone:nn.Module, # a model of transformers, left untouched
         with quiet_transformers():
             return family.from_pretrained(str(name), config=deepcopy(config), output_loading_info=True, ignore_mismatched_sizes=True,
                                           local_files_only=Path(name).is_dir(), **without_pooler(family))
-    except (OSError, SafetensorError) as e:
+    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as e: # transformers unpickles weights alone, never code
         raise ValueError(f"no weights can be read from {str(name)!r}: {str(e).splitlines()[0].rstrip('.')}") from e
 
 # %% ../nbs/core/02_encoders.ipynb #c056

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DECODERS', 'VERSION', 'ImageError', 'naming', 'stretch', 'by_value', 'grey_levels', 'shown_range', 'show_values',
            'dicom_levels', 'open_dicom', 'decode_dicom', 'dicom_header', 'read_image', 'image_shape', 'place',
-           'fit_square', 'ImageCache', 'decode_square', 'decode_squares', 'cache_key', 'read_journal', 'write_journal',
-           'write_cache', 'alone', 'build_cache', 'normalise', 'denormalise', 'check_input', 'centre_crop', 'mix',
-           'uniforms', 'crop_at', 'zoom_at', 'jitter_levels', 'augment']
+           'fit_square', 'read_index', 'ImageCache', 'decode_square', 'decode_squares', 'cache_key', 'read_journal',
+           'write_journal', 'write_cache', 'alone', 'build_cache', 'normalise', 'denormalise', 'check_input',
+           'centre_crop', 'mix', 'uniforms', 'crop_at', 'zoom_at', 'jitter_levels', 'augment']
 
 # %% ../nbs/core/01_image.ipynb #c002
 import hashlib
@@ -31,6 +31,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import one_line
+
 # %% ../nbs/core/01_image.ipynb #c006
 class ImageError(ValueError):
     "An image that cannot be used: where it is, and what is wrong with it."
@@ -47,8 +49,7 @@ def naming(path:str|Path)->Iterator[None]:
     except ImageError as error: reason = error
     except Exception as error: # Pillow and pydicom raise errors of many types on a damaged file
         reason = f"it cannot be decoded ({error})"
-    words = "".join(c if c.isprintable() else " " for c in str(reason)[:500]).split() # messages may quote the file's bytes
-    raise ImageError(f"{path}: {' '.join(words)}")
+    raise ImageError(f"{path}: {one_line(reason, 500)}") # messages may quote the file's bytes
 
 # %% ../nbs/core/01_image.ipynb #c008
 def stretch(values:np.ndarray, # grey levels on any scale
@@ -215,16 +216,27 @@ def fit_square(img:np.ndarray, # uint8, (h, w)
     return square
 
 # %% ../nbs/core/01_image.ipynb #c035
+def read_index(folder:Path, # of a cache
+)->tuple[int, list[str], list[tuple[str, str]]]: # side of the squares, paths, and broken paths with their reasons
+    "What is in a cache. Raises `ImageError` if it does not say."
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        size, paths, broken = index["size"], index["paths"], [(path, reason) for path, reason in index["broken"]]
+        whole = type(size) is int and 0 < size < 2**15 and type(paths) is list and all(type(path) is str and os.path.isabs(path) for path in [*paths, *(path for path, _ in broken)])
+    except FileNotFoundError as error: raise ImageError(f"{folder}: there is no image cache here, build_cache makes one") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): whole = False
+    if not whole: raise ImageError(f"{folder}: its index.json is damaged, delete this folder to build the cache again")
+    return size, paths, broken
+
+
 class ImageCache:
     "Squares decoded by `build_cache`, mapped into memory. Raises `ImageError` if the folder holds no whole cache."
     def __init__(self, folder:str|Path, # where `index.json` and `images.u8` lie
     ):
         self.folder = Path(folder)
-        try: index = json.loads((self.folder / "index.json").read_text())
-        except (OSError, ValueError) as error: raise ImageError(f"{folder}: there is no image cache here, build_cache makes one") from error
-        self.size, self.paths = index["size"], index["paths"]
-        self.broken = [(path, reason) for path, reason in index["broken"]]
-        found, expected = (self.folder / "images.u8").stat().st_size, len(self) * self.size**2
+        self.size, self.paths, self.broken = read_index(self.folder)
+        try: found, expected = (self.folder / "images.u8").stat().st_size, len(self) * self.size**2
+        except OSError as error: raise ImageError(f"{folder}: the cache has lost its images, delete this folder to build it again") from error
         if found != expected: raise ImageError(f"{folder}: the cache has {found} bytes instead of {expected}, delete this folder to build it again")
 
     def __len__(self): return len(self.paths)

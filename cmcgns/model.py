@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'ALLOWED', 'replace_fields', 'Method', 'as_published', 'CMCGNSConfig', 'make_config', 'CMCGNSOutput',
            'ClusterGuided', 'ClusterGuidedObjective', 'rebuild', 'total_loss', 'make_contrast', 'make_reconstruction',
-           'CMCGNSParts', 'unit', 'CMCGNS', 'build_model', 'next_stage', 'load_model']
+           'CMCGNSParts', 'unit', 'CMCGNS', 'build_model', 'next_stage', 'read_model', 'load_model']
 
 # %% ../nbs/core/06_model.ipynb #c002
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -21,6 +22,7 @@ from transformers.utils import ModelOutput
 from .alignment import CrossAttention, Predictor, global_contrast, simsiam_loss
 from .clustering import NegativeSampler, ReportContrast
 from .encoders import ENCODERS, ImageEncoder, SentencePool, TextEncoder, image_config, load_pretrained, quiet_transformers, text_config
+from .files import check_seal, one_line
 from .objectives import READABLE, ImageEmbedding, Objective, ReportEmbedding, make_objective, number_words
 from .reconstruction import Reconstruction, reconstruction_loss
 from .text import pool_tokens
@@ -300,10 +302,22 @@ def next_stage(model:CMCGNS, # a trained stage-1 model
     return new
 
 # %% ../nbs/core/06_model.ipynb #c055
+def read_model(folder:Path, # a folder written by `save_pretrained`
+)->tuple[CMCGNS, dict]: # the model; what did not fit
+    "A model from files alone: nothing is unpickled, nothing is fetched. Raises `ValueError` for a folder that holds none, or whose files are not as they were written."
+    for name in 'config.json', 'model.safetensors':
+        if not (folder/name).is_file(): raise ValueError(f"{folder}: there is no {name}; give a folder written by save_pretrained")
+    check_seal(folder)
+    try:
+        with quiet_transformers():
+            return CMCGNS.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, local_files_only=True)
+    except Exception as error: # of many types, by what is wrong where
+        raise ValueError(f"{folder}: the model cannot be read ({one_line(error)}); was it damaged, or written by another version?") from error
+
 def load_model(folder, # a folder written by `save_pretrained`
 )->CMCGNS: # in evaluation mode
     "A saved model, every weight accounted for; a `ValueError` names the first that is missing, unknown or of another shape."
-    with quiet_transformers(): model, info = CMCGNS.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = read_model(Path(folder))
     wrong = [f"{what} {sorted(map(str, info[key]))[0]}" for key, what in
              [('missing_keys', 'missing'), ('unexpected_keys', 'unknown'), ('mismatched_keys', 'of another shape')] if info[key]]
     if wrong: raise ValueError(f"{folder}: the weights do not fit the configuration beside them: {'; '.join(wrong)}")

@@ -14,8 +14,6 @@ import io
 import logging
 import os
 import re
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .mimic_cxr import TITLES, write_image
-from .studies import Loading, Skipped, Split, Study, draw, open_text, read_rows, split_studies, write_atomically
+from .studies import TORN, Loading, Skipped, Split, Study, draw, open_text, read_rows, split_studies, write_atomically
 
 # %% ../../nbs/data/15_chexpert.ipynb #c007
 FINDINGS = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion',
@@ -45,7 +43,7 @@ def _has_header(file:Path) -> bool:
     "Whether a table has the columns of this data set; no for one that cannot be read."
     try:
         with open_text(file) as f: columns = {c.strip() for c in next(csv.reader(f), [])}
-    except (OSError, EOFError, csv.Error, ValueError, zlib.error, zipfile.BadZipFile): return False
+    except (*TORN, csv.Error, ValueError): return False
     return 'Path' in columns and not columns.isdisjoint(FINDINGS)
 
 def find_chexpert(root:str|os.PathLike, # a folder of data sets, or the data set

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from .studies import Box, Loading, Skipped, Study, open_text, read_mask, read_rows, write_atomically
+from ..files import is_inside, one_line
 from ..image import read_image
 from ..text import note_sentences
 
@@ -100,8 +101,9 @@ def read_lung_boxes(root:str|os.PathLike, # a clone
         boxes = {name: () for name in names.values()}
         for a in coco['annotations']:
             if None not in a['bbox']: boxes[names[a['image_id']]] += Box(labels[a['category_id']], *map(float, a['bbox'])),
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{file}: not COCO annotations ({e!r}); restore it with `git checkout annotations`, or delete it to go without boxes") from e
+        if not all(isinstance(name, str) and np.isfinite(b[1:]).all() for name, found in boxes.items() for b in found): raise ValueError('a name that is none, or a box that is not four numbers')
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise ValueError(f"{file}: not COCO annotations ({one_line(repr(e))}); restore it with `git checkout annotations`, or delete it to go without boxes") from e
     return {name: b for name, b in boxes.items() if b}
 
 def find_masks(root:Path, # a clone
@@ -124,16 +126,18 @@ def read_severity(root:str|os.PathLike, # a clone
     "Severity scores. Raises `FileNotFoundError`, or `ValueError` for a table that is not whole."
     file, header, scores = Path(root)/SEVERITY, None, {}
     if not file.is_file(): raise FileNotFoundError(f"{file}: there is no such file; restore it with `git checkout annotations`")
-    with open_text(file) as f:
-        for n, row in enumerate(csv.reader(f), 1):
-            if not any(row) or row[0].startswith('#'): continue
-            if header is None: header = row
-            if not {'filename', 'geographic_mean', 'opacity_mean'} <= set(header): raise ValueError(f"{file}, row {n}: expected the columns filename, geographic_mean, opacity_mean; restore it with `git checkout annotations`")
-            if header is row: continue
-            try: name, *values = (dict(zip(header, row, strict=True))[k] for k in ('filename', 'geographic_mean', 'opacity_mean')); score = Severity(*map(float, values))
-            except ValueError as e: raise ValueError(f"{file}, row {n}: expected a file name and two numbers ({e}); restore it with `git checkout annotations`") from e
-            if not (0 <= score.extent <= 8 and 0 <= score.opacity <= 6): raise ValueError(f"{file}, row {n}: {score.extent}, {score.opacity} is no extent of 0 to 8 and opacity of 0 to 6; restore it with `git checkout annotations`")
-            scores[name] = score
+    try:
+        with open_text(file) as f: rows = list(csv.reader(f))
+    except csv.Error as e: raise ValueError(f"{file}: it cannot be read as a table ({one_line(e)}); restore it with `git checkout annotations`") from e
+    for n, row in enumerate(rows, 1):
+        if not any(row) or row[0].startswith('#'): continue
+        if header is None: header = row
+        if not {'filename', 'geographic_mean', 'opacity_mean'} <= set(header): raise ValueError(f"{file}, row {n}: expected the columns filename, geographic_mean, opacity_mean; restore it with `git checkout annotations`")
+        if header is row: continue
+        try: name, *values = (dict(zip(header, row, strict=True))[k] for k in ('filename', 'geographic_mean', 'opacity_mean')); score = Severity(*map(float, values))
+        except ValueError as e: raise ValueError(f"{file}, row {n}: expected a file name and two numbers ({one_line(e)}); restore it with `git checkout annotations`") from e
+        if not (0 <= score.extent <= 8 and 0 <= score.opacity <= 6): raise ValueError(f"{file}, row {n}: {score.extent}, {score.opacity} is no extent of 0 to 8 and opacity of 0 to 6; restore it with `git checkout annotations`")
+        scores[name] = score
     if not scores: raise ValueError(f"{file}: there is no row with scores; restore it with `git checkout annotations`")
     return scores
 
@@ -171,7 +175,7 @@ def find_reason(row:Mapping[str, str], # a row of the table
     if row['modality'] != 'X-ray': return f"modality {row['modality'] or 'not given'}"
     if row['view'] not in views: return f"view {row['view'] or 'not given'}"
     if not row['patientid']: return 'no patient'
-    if not row['filename'] or need_images and not (root/row['folder']/row['filename']).is_file(): return 'no such image'
+    if not row['filename'] or need_images and not is_inside(root, row['folder'], row['filename']): return 'no such image'
     return 'listed before' if row['filename'] in seen else None
 
 # %% ../../nbs/data/12_covid_cxr.ipynb #c032

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from .covid_cxr import SAME_PATIENT
-from .studies import Loading, Skipped, Split, Study, open_text, split_studies, write_atomically
+from .studies import TORN, Loading, Skipped, Split, Study, open_text, split_studies, write_atomically
 from ..image import read_image
 
 # %% ../../nbs/data/17_covidx.ipynb #c007
@@ -34,7 +33,7 @@ def _begins_like_a_list(file:Path) -> bool:
     "Whether a text file of a common name has lines with the class second to last."
     try:
         with open_text(file) as f: fields = f.readline(1000).split()
-    except (OSError, EOFError, zlib.error): return False
+    except TORN: return False
     return len(fields) >= 4 and fields[-2] in TWO
 
 def find_lists(root:str|os.PathLike, # a folder
@@ -112,7 +111,7 @@ def read_list(file:str|os.PathLike, # plain or .gz
     "Read a list. Raises `ValueError` if it is no text."
     try:
         with open_text(file) as f: return [read_line(text, n, classes) for n, text in enumerate(f, 1) if text.strip()]
-    except (OSError, EOFError, zlib.error) as e: raise ValueError(f"{file}: it cannot be read as a list ({e}); {ADVICE}") from e
+    except TORN as e: raise ValueError(f"{file}: it cannot be read as a list ({e}); {ADVICE}") from e
 
 def read_lists(root:str|os.PathLike, # the folder with the lists
                version:str|None=None, # as in `choose_lists`

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BANNER', 'LETTERS', 'NAMES', 'PARTS', 'HEADING', 'LONG', 'SETTING', 'BREAK', 'WORDS', 'REPORTS', 'ADVICE',
-           'REPORT_ADVICE', 'UNREADABLE', 'LABELS', 'UNCERTAIN', 'BLANK', 'FRONTAL', 'BROKEN', 'NEEDED', 'PUBLISHED',
-           'TITLES', 'METADATA', 'find_report', 'name_heading', 'Heading', 'find_headings', 'Section', 'find_bodies',
-           'cut_sections', 'Parts', 'extract_sections', 'mend_numbers', 'section_sentences', 'decode_report',
-           'find_reports', 'open_reports', 'find_table', 'find_mimic_cxr', 'read_table', 'read_labels', 'name_files',
-           'find_reason', 'choose_images', 'list_names', 'tell_report', 'make_studies', 'refuse', 'scan_mimic_cxr',
-           'load_mimic_cxr', 'published_mimic_cxr', 'set_lines', 'compose_report', 'write_rows', 'write_image',
-           'tell_labels', 'write_mimic_cxr']
+           'REPORT_ADVICE', 'UNREADABLE', 'LARGEST', 'LABELS', 'UNCERTAIN', 'BLANK', 'FRONTAL', 'BROKEN', 'NEEDED',
+           'PUBLISHED', 'TITLES', 'METADATA', 'find_report', 'name_heading', 'Heading', 'find_headings', 'Section',
+           'find_bodies', 'cut_sections', 'Parts', 'extract_sections', 'mend_numbers', 'section_sentences',
+           'decode_report', 'find_reports', 'open_reports', 'find_table', 'find_mimic_cxr', 'read_table', 'read_labels',
+           'name_files', 'find_reason', 'choose_images', 'list_names', 'tell_report', 'make_studies', 'refuse',
+           'scan_mimic_cxr', 'load_mimic_cxr', 'published_mimic_cxr', 'set_lines', 'compose_report', 'write_rows',
+           'write_image', 'tell_labels', 'write_mimic_cxr']
 
 # %% ../../nbs/data/14_mimic_cxr.ipynb #c002
 import gzip
@@ -22,7 +22,6 @@ import shutil
 import sys
 import textwrap
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -33,7 +32,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from .studies import Loading, Skipped, Split, Study, check_disjoint, draw, read_rows
+from .studies import TORN, Loading, Skipped, Split, Study, check_disjoint, draw, read_rows
 from ..image import read_image
 from ..text import report_sentences, split_report
 
@@ -196,26 +195,30 @@ def find_reports(root:str|os.PathLike, # the unpacked data set
 
 # %% ../../nbs/data/14_mimic_cxr.ipynb #c033
 UNREADABLE = object() # instead of the bytes of a report
+LARGEST = 2**20 # bytes of a report; a larger one is none
 
 @contextmanager
 def open_reports(place:Path, # as `find_reports` gives it
 )->Iterator[Callable[[str], bytes|object|None]]: # bytes of `p10/p10000032/s50414267.txt`; None if it is not there, `UNREADABLE` if it is damaged
     "Read reports from a folder or an archive. Raises `ValueError` for an archive that is none."
+    def whole(f): return data if len(data := f.read(LARGEST + 1)) <= LARGEST else UNREADABLE
     def read_file(name):
         try:
-            with open(f'{place}/{name}', 'rb') as f: return f.read()
+            with open(f'{place}/{name}', 'rb') as f: return whole(f)
         except (FileNotFoundError, NotADirectoryError): return None
         except OSError: return UNREADABLE
     if place.is_dir():
         yield read_file
         return
     try: archive = zipfile.ZipFile(place)
-    except (OSError, zipfile.BadZipFile) as e: raise ValueError(f"{place}: it cannot be read as an archive ({e}); {REPORT_ADVICE}") from e
+    except TORN as e: raise ValueError(f"{place}: it cannot be read as an archive ({e}); {REPORT_ADVICE}") from e
     with archive:
         inside = {'/'.join(n.split('/')[-3:]): n for n in archive.namelist() if n.endswith('.txt')}
         def read_member(name):
-            try: return archive.read(inside[name]) if name in inside else None
-            except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError): return UNREADABLE
+            if name not in inside: return None
+            try:
+                with archive.open(inside[name]) as f: return whole(f)
+            except TORN: return UNREADABLE
         yield read_member
 
 # %% ../../nbs/data/14_mimic_cxr.ipynb #c038
@@ -288,7 +291,7 @@ def find_reason(row:Mapping[str, str], # of the metadata
     "Why a row is skipped, as far as the tables tell."
     if row['ViewPosition'] not in views: return f"view {row['ViewPosition'] or 'not given'}"
     if not row['subject_id']: return 'no patient'
-    if not (re.fullmatch('[0-9]+ [0-9]+', f"{row['subject_id']} {row['study_id']}") and re.fullmatch(r'[\w-]+', row['dicom_id'])): return 'odd number'
+    if not (re.fullmatch('[0-9]{1,20} [0-9]{1,20}', f"{row['subject_id']} {row['study_id']}") and re.fullmatch(r'[\w-]{1,100}', row['dicom_id'])): return 'odd number'
     if row['dicom_id'] in seen: return 'listed before'
     return 'unreadable label' if isinstance(labels.get(row['study_id']), str) else None
 

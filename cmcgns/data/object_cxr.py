@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .studies import Box, Loading, Runs, Skipped, Split, Study, open_text, read_mask, read_rows, split_studies, write_atomically
-from ..image import read_image
+from ..image import ImageError, image_shape, read_image
 
 # %% ../../nbs/data/19_object_cxr.ipynb #c007
 KINDS = {'0': 'rectangle', '1': 'ellipse', '2': 'polygon'}
@@ -182,8 +182,8 @@ def make_study(r:Row, # a row
     shapes, boxes, size, drawn = read_annotation(r.annotation), [], None, {}
     if shapes and need_images:
         try:
-            with Image.open(image) as f: size = f.size
-        except OSError as e: raise BadRow("not an image") from e
+            size = image_shape(image)[::-1]
+        except ImageError as e: raise BadRow("not an image") from e
     for n, shape in enumerate(shapes, 1):
         try: boxes.append(make_box(shape, size))
         except BadRow as e: raise BadRow(e.reason, f"object {n}: {e}") from e

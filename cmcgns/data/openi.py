@@ -51,7 +51,7 @@ def parse_report(data:bytes, # the file
     except DefusedXmlException as e: raise ValueError("XML with entities") from e
     except (ParseError, LookupError, ValueError) as e: raise ValueError(f"malformed XML ({e})") from e
     name = root.find('uId')
-    if name is None or not re.fullmatch(r'CXR\d+', name.get('id', '')): raise ValueError("XML without a report's number")
+    if name is None or not re.fullmatch('CXR[0-9]{1,9}', name.get('id', '')): raise ValueError("XML without a report's number")
     sections = {}
     for a in root.iter('AbstractText'):
         if text := ''.join(a.itertext()).strip(): sections.setdefault(a.get('Label', '').lower(), []).append(text)
@@ -62,7 +62,7 @@ def parse_report(data:bytes, # the file
 # %% ../../nbs/data/13_openi.ipynb #c011
 ARCHIVES = 'NLMCXR_reports.tgz', 'NLMCXR_reports.tar.gz', 'NLMCXR_reports.tar'
 FOLDERS = 'ecgen-radiology', 'NLMCXR_reports/ecgen-radiology'
-MEMBER = re.compile(r'(?:\./)?(?:NLMCXR_reports/)?ecgen-radiology/([^/.][^/]*\.xml)')
+MEMBER = re.compile(r'(?:\./)?(?:NLMCXR_reports/)?ecgen-radiology/([\w-][\w. -]*\.xml)')
 ADVICE = "get https://openi.nlm.nih.gov/imgs/collections/NLMCXR_reports.tgz and put it there, packed or not"
 
 def find_reports(folder:str|os.PathLike, # where they may be

@@ -26,7 +26,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from .studies import Box, Loading, Runs, Skipped, Study, read_mask, read_rows, write_atomically
-from ..image import dicom_header, read_image
+from ..files import one_line
+from ..image import dicom_header, image_shape, read_image
 
 # %% ../../nbs/data/16_rsna.ipynb #c006
 SIZE = 1024, 1024 # height and width of the published images
@@ -48,10 +49,7 @@ def native_size(path:str|os.PathLike, # an image file
 )->tuple[int, int]: # height and width, pixels
     "Size of an image as it is stored. Raises `ValueError` if the file does not say."
     if Path(path).suffix.lower() == '.dcm': header = dicom_header(path); h, w = header['rows'], header['columns']
-    else:
-        try:
-            with Image.open(path) as image: w, h = image.size
-        except OSError as e: raise ValueError(f"{path}: this is not an image file; get it again") from e
+    else: h, w = image_shape(path)
     if not h or not w: raise ValueError(f"{path}: its header gives no size; get it again")
     return h, w
 
@@ -203,9 +201,9 @@ def read_people(root:str|os.PathLike, # the folder
     "Who the patients are. Raises `ValueError` if the file is there and is something else."
     file = Path(root)/PEOPLE
     if not file.is_file(): return {}
-    try: return {m['subset_img_id']: m['img_id'].rsplit('_', 1)[0] for m in json.loads(file.read_text(encoding='utf-8'))}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{file}: not a list of objects with 'subset_img_id' and 'img_id' ({e!r}); get it again, or delete it to take each image for a patient") from e
+    try: return {m['subset_img_id'].strip(): m['img_id'].rsplit('_', 1)[0] for m in json.loads(file.read_text(encoding='utf-8'))}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{file}: not a list of objects with 'subset_img_id' and 'img_id' ({one_line(repr(e))}); get it again, or delete it to take each image for a patient") from e
 
 # %% ../../nbs/data/16_rsna.ipynb #c031
 KINDS = 'Lung Opacity', 'Normal', 'No Lung Opacity / Not Normal'
@@ -246,7 +244,7 @@ def find_faults(name:str, # patientId
                 people:Mapping[str, str], # from `read_people`
 )->list[Skipped]: # empty if nothing is wrong
     "What is wrong with an image, its boxes apart."
-    if not name or people and name not in people: return [Skipped(row, name, NOBODY, broken=True)]
+    if not name or people and not people.get(name): return [Skipped(row, name, NOBODY, broken=True)]
     return [Skipped(row, name, MISSING, broken=True)] if files is not None and name not in files else []
 
 # %% ../../nbs/data/16_rsna.ipynb #c035
@@ -270,7 +268,9 @@ def scan_rsna(root:str|os.PathLike, # the folder with the table
             refuse(file, (faults + wrong)[0], f"a patientId{f' that is in {PEOPLE}' if people else ''}, Target 0 or a box within the {h} × {w} pixels, and an image at {root/IMAGES}/{name}.dcm")
         skipped += faults or wrong
         if faults or any(s.reason != AGAIN for s in wrong): continue
-        studies.append(Study(name, files.get(name, root/IMAGES/f'{name}.dcm'), people.get(name, name), labels=name_labels(name, bool(boxes), classes), boxes=tuple(boxes),
+        try: labels = name_labels(name, bool(boxes), classes)
+        except ValueError as e: raise ValueError(f"{file}, row {min(rows)}: {e}") from e
+        studies.append(Study(name, files.get(name, root/IMAGES/f'{name}.dcm'), people.get(name, name), labels=labels, boxes=tuple(boxes),
                              masks={'Pneumonia': box_runs(boxes, h, w)} if masks else {}, dataset='rsna'))
     found = Loading('rsna', studies, sorted(skipped))
     if not studies: raise ValueError(f"{root}: none of {len(groups)} images became a study ({str(found).split('; ')[1]}); check that {IMAGES}.zip is unpacked as {IMAGES}/")

@@ -11,8 +11,6 @@ __all__ = ['NONE', 'NUMBERS', 'TABLES', 'NEEDED', 'ADVICE', 'LABEL', 'decode_rle
 import logging
 import os
 import re
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +20,7 @@ import numpy as np
 
 from .rsna import (AGAIN, MISSING, SIZE, check_names, common_size, find_layout, find_table, list_images, make_uids, read_sized, refuse, unite_runs,
                               write_dicom, write_rows)
-from .studies import Loading, Runs, Skipped, Study, open_text, read_mask, read_rows
+from .studies import TORN, Loading, Runs, Skipped, Study, open_text, read_mask, read_rows
 from ..image import dicom_header
 
 # %% ../../nbs/data/18_siim.ipynb #c006
@@ -71,7 +69,7 @@ def has_images(file:Path, # a table, plain or packed
     "Whether the header of a table has `ImageId`."
     try:
         with open_text(file) as f: return NEEDED[0] in [c.strip() for c in f.readline().split(',')]
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile): return True
+    except (*TORN, ValueError): return True
 
 def find_siim(root:str|os.PathLike, # the folder, or the one above it
 )->Path|None: # the folder that holds a table of masks, if there is one
