@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC_STUDIES', 'SHARES', 'TARGETS', 'PARTS', 'STAND_IN_SEED', 'Problem', 'choose_dataset', 'complete_split',
-           'draw_split', 'open_problem', 'leave_out', 'problem_config', 'stand_in']
+           'draw_split', 'find_copies', 'part_copies', 'open_problem', 'leave_out', 'problem_config', 'stand_in']
 
 # %% ../../nbs/reporting/41a_problems.ipynb #c002
+import hashlib
 import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -107,6 +109,31 @@ def draw_split(key:str, # 'synthetic', or a key of `DATASETS`
     print(f"split {how}: {leak(studies, split)}", file=sys.stderr)
     return split
 
+# %% ../../nbs/reporting/41a_problems.ipynb #c014b
+def find_copies(images:np.ndarray, # uint8 (n, s, s)
+)->list[list[int]]: # positions of images that are equal in every pixel, group by group
+    "Images that are there more than once."
+    def group(at, view):
+        found = defaultdict(list)
+        for i in at: found[hashlib.blake2b(view(images[i]).tobytes(), digest_size=16).digest()].append(i)
+        return [g for g in found.values() if len(g) > 1]
+    middle = images.shape[1] // 2
+    return [g for near in group(range(len(images)), lambda x: x[middle:middle + 4]) for g in group(near, lambda x: x)]
+
+def part_copies(studies:Sequence[Study], images:np.ndarray, # their pixels
+                split:Split, # of them
+                ours:bool=True, # films may be left out of it
+)->Split: # no film of an earlier part has the pixels of one in a later part, if it is ours
+    "Look for films that are in two parts under different names; what was found is said on stderr."
+    part, order, lost = {i: k for k, ids in split.parts.items() for i in ids}, list(split.parts), {}
+    for group in find_copies(images):
+        ids = sorted((studies[i].id for i in group if studies[i].id in part), key=lambda i: order.index(part[i]))
+        lost |= {i: ids[-1] for i in ids if part[i] != part[ids[-1]]}
+    for k in order:
+        if here := [i for i in split.parts[k] if i in lost]:
+            print(f"{len(here)} films of {k} have the very pixels of films in later parts, {here[0]!r} those of {lost[here[0]]!r} in {part[lost[here[0]]]}: {'left out' if ours else 'the split is not ours, so they stay'}", file=sys.stderr)
+    return split if not (ours and lost) else Split({k: tuple(i for i in ids if i not in lost) for k, ids in split.parts.items()}, split.by, split.seed)
+
 # %% ../../nbs/reporting/41a_problems.ipynb #c014
 def open_problem(data_root, # a folder with real data, or None for the synthetic world
                  cache, # where made and decoded images are kept
@@ -125,9 +152,10 @@ def open_problem(data_root, # a folder with real data, or None for the synthetic
         studies = found.studies
     pixels = build_cache([s.image for s in studies], store_size, Path(cache)/'pixels', on_error='skip')
     studies = leave_out(studies, pixels.broken)
-    drawn = draw_split(key, place, studies, split, split_seed)
+    images = pixels.images[pixels.rows(s.image for s in studies)]
+    drawn = part_copies(studies, images, draw_split(key, place, studies, split, split_seed), ours=split == 'ours' or split.startswith('fold'))
     name = f'synthetic {key}' if place and is_synthetic(place) else key
-    return Problem(name, studies, pixels.images[pixels.rows(s.image for s in studies)], TARGETS[key], drawn, split, fingerprint(studies))
+    return Problem(name, studies, images, TARGETS[key], drawn, split, fingerprint(studies))
 
 def leave_out(studies:list[Study], broken:Sequence[tuple[str, str]], # path and reason of each image that cannot be read
 )->list[Study]:
