@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data', 'Preset', 'DataRoot', 'Dataset', 'SplitBy', 'Changes', 'Seed', 'Published', 'Runs', 'Cache', 'Task',
            'prepare', 'say', 'pretrain_command', 'numbers', 'evaluate_command', 'reproduce_command', 'show_pages',
-           'runs_command', 'export_command', 'check_command', 'synthesize_command', 'bench_command', 'main']
+           'runs_command', 'verify_command', 'export_command', 'check_command', 'synthesize_command', 'bench_command',
+           'main']
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c002
 import json
@@ -89,8 +90,7 @@ def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-
                      finetune:Annotated[bool, typer.Option('--finetune', help="train the encoder too")]=False,
                      epochs:Annotated[int, typer.Option(help="of a head, at most; 0: as published")]=0, runs:Runs=Path('runs'), cache:Cache=Path('cache')):
     "Ask an encoder: by default, linear classification with 1, 10 and 100 % of the labels, three label seeds."
-    from cmcgns.pretraining import Settings
-    from cmcgns.reporting.experiments import Question, evaluate_run, problem_of
+    from cmcgns.reporting.experiments import Question, evaluate_run, problem_of, settings_of
     from cmcgns.reporting.runs import find_run
     from cmcgns.reporting.tables import markdown, result_rows
     question = Question(task, tuple(targets), numbers(fractions, float), numbers(seeds, int), solver, finetune, epochs)
@@ -98,7 +98,7 @@ def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-
     elif preset or changes or seed is not None: raise ValueError("a run has its settings: --preset, --set and --seed are for 'random'")
     else:
         pretrained = find_run(runs, run)
-        problem, settings = problem_of(pretrained, data_root, cache, dataset, split), Settings(**pretrained.config['settings'])
+        problem, settings = problem_of(pretrained, data_root, cache, dataset, split), settings_of(pretrained)
         say(problem)
     done = evaluate_run(problem, settings, pretrained, runs, question)
     typer.echo(f"{markdown(result_rows(done))}\n{done.folder}")
@@ -154,6 +154,17 @@ def runs_command(runs:Runs=Path('runs')):
         c, e = run.config, run.read('environment')
         typer.echo(f"{run.folder.name}  {c['data']['dataset']}  {c['settings']['image_encoder']}  seed {c['settings']['seed']}  {e['seconds']:.0f} s")
     if not found: typer.echo(f"no finished runs in {runs}")
+
+# %% ../../nbs/reporting/4b_cli.ipynb #c016a
+@app.command('verify')
+def verify_command(run:Annotated[str, typer.Argument(help="beginning of a run's name")], data_root:DataRoot=None, runs:Runs=Path('runs'), cache:Cache=Path('cache'),
+                   within:Annotated[float, typer.Option(help="numbers may differ by so much")]=1e-5):
+    "Compute a finished run once more, and say what differs; exit status 1 if it does not hold."
+    from cmcgns.reporting.runs import find_run
+    from cmcgns.reporting.verify import verify_run
+    verdict = verify_run(find_run(runs, run), data_root, cache, within)
+    typer.echo(verdict)
+    if not verdict.holds: raise typer.Exit(1)
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c018
 @app.command('export')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'PARTIAL', 'OWN_PARTS', 'LABELLED', 'TASKS', 'EPOCHS', 'corpus_of', 'pretrain_config', 'pretrain_run',
-           'load_run', 'untrained', 'Question', 'settle', 'head_settings', 'classify', 'detect', 'segment', 'retrieve',
-           'ask_in_words', 'ground', 'audit', 'ask', 'evaluation_config', 'evaluate_run', 'problem_of', 'settings_for',
-           'end_to_end']
+           'settings_of', 'load_run', 'untrained', 'Question', 'settle', 'head_settings', 'classify', 'detect',
+           'segment', 'retrieve', 'ask_in_words', 'ground', 'audit', 'ask', 'evaluation_config', 'evaluate_run',
+           'problem_of', 'settings_for', 'end_to_end']
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c002
 import sys
@@ -24,6 +24,7 @@ from ..evaluation.retrieval import evaluate_retrieval
 from ..evaluation.segmentation import PROTOCOL as SEGMENTER, evaluate_segmentation
 from ..evaluation.transfer import HeadSettings, evaluate_finetuned_classification
 from ..evaluation.zero_shot import evaluate_grounding, evaluate_zero_shot
+from ..files import check_seal
 from ..model import CMCGNS, PUBLISHED, load_model
 from ..objectives import objective_code
 from ..pretraining import Corpus, Settings, make_settings, make_tokenizer, pretrain, start_stage
@@ -36,7 +37,7 @@ def corpus_of(problem:Problem, part:str)->Corpus:
     "The image-report pairs of a part; studies without sentences are counted on stderr and left out."
     rows, all_rows = problem.rows(part, lambda s: bool(s.sentences)), problem.rows(part)
     if len(rows) < len(all_rows): print(f"{part}: {len(all_rows) - len(rows)} of {len(all_rows)} studies have no sentence and sit pre-training out", file=sys.stderr)
-    return Corpus(problem.images[rows], [problem.studies[i].sentences for i in rows])
+    return Corpus(problem.images[rows], [problem.studies[i].sentences for i in rows], [problem.studies[i].id for i in rows])
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c006
 def pretrain_config(problem:Problem, settings:Settings)->dict: # what a pre-training depends on
@@ -55,9 +56,17 @@ def pretrain_run(problem:Problem, # what to train on
     return run_once(runs, 'pretrain', pretrain_config(problem, settings), compute)
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c009
+def settings_of(run:Run, # of any task
+)->Settings:
+    "The settings of a run. Raises `ValueError` if this version does not know them all."
+    known, given = {*Settings.__dataclass_fields__}, run.config['settings']
+    if strange := sorted(given.keys() - known): raise ValueError(f"{run.folder}: its settings have {strange[0]!r}, which this version does not know; it was made by cmcgns {run.read('environment').get('cmcgns', 'of an unknown version')}: use that version, or compute the run again")
+    return Settings(**given)
+
 def load_run(run:Run, # a pre-training run
 )->tuple[CMCGNS, Callable]: # the model in evaluation mode; from lists of sentences to its input
     "A pre-trained model, and what turns reports into its input."
+    check_seal(run.folder/'tokenizer')
     tokenizer, settings = load_tokenizer(run.folder/'tokenizer'), run.config['settings']
     return load_model(run.folder/run.metrics['model']), lambda reports: encode_reports(tokenizer, reports, settings['max_tokens'])
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from ..files import one_line, seal
+
 # %% ../../nbs/reporting/41_runs.ipynb #c005
 @dataclass(frozen=True)
 class Run:
@@ -27,8 +29,10 @@ class Run:
     folder: Path # with config.json, metrics.json, environment.json and what the task wrote
 
     def read(self, name:str): # e.g. 'metrics'
-        "The contents of one of its JSON files."
-        return json.loads((self.folder/f'{name}.json').read_text())
+        "The contents of one of its JSON files. Raises `ValueError` for one that is missing or damaged."
+        file = self.folder/f'{name}.json'
+        try: return json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{file}: it cannot be read ({one_line(e)}); delete this folder, and the run is computed again") from e
 
     @property
     def config(self)->dict: return self.read('config')
@@ -45,8 +49,10 @@ def run_name(task:str, # what is done, e.g. 'pretrain'
 
 def environment()->dict:
     "Versions and hardware, as every result carries them."
-    packages = 'torch', 'transformers', 'scikit-learn', 'numpy', 'cmcgns'
-    return dict(python=sys.version.split()[0], machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+    packages = 'torch', 'transformers', 'tokenizers', 'scikit-learn', 'numpy', 'pillow', 'cmcgns'
+    try: processor = next((line.partition(': ')[2].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), platform.processor())
+    except OSError: processor = platform.processor()
+    return dict(python=sys.version.split()[0], machine=platform.machine(), processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(),
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', **{p: version(p) for p in packages})
 
 # %% ../../nbs/reporting/41_runs.ipynb #c007
@@ -66,6 +72,7 @@ def run_once(root, # folder of all runs
             metrics = compute(part)
             files = dict(config=dict(task=task) | config, metrics=metrics, environment=environment() | dict(seconds=round(time.time()-start, 1)))
             for name, content in files.items(): (part/f'{name}.json').write_text(json.dumps(content, indent=1, default=str))
+            seal(part)
             os.replace(part, folder)
     return Run(folder)
 
