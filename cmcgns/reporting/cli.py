@@ -211,12 +211,24 @@ def synthesize_command(folder:Annotated[Path, typer.Argument(help="a new folder"
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c022
 @app.command('bench')
-def bench_command(what:Annotated[str, typer.Argument(help="head: the local head, forward and backward")]='head',
-                  sizes:Annotated[str, typer.Option(help="batch sizes")]='64,256', repeats:int=5):
-    "Measure seconds and peak memory on this machine; prints one JSON line a size."
-    from cmcgns.reporting.bench import bench_head
-    if what != 'head': raise ValueError(f"unknown benchmark {what!r}: known is head")
-    for row in bench_head([int(s) for s in sizes.split(',')], repeats): typer.echo(json.dumps(row))
+def bench_command(what:Annotated[str, typer.Argument(help="head, step, data, features, probe or main")]='head',
+                  preset:Annotated[Optional[str], typer.Option(help="tiny, laptop, paper-resnet50 or paper-vit; laptop if not given")]=None,
+                  sizes:Annotated[Optional[str], typer.Option(help="batch sizes, e.g. 64,256")]=None,
+                  repeats:Annotated[Optional[int], typer.Option(help="counted steps of each")]=None,
+                  threads:Annotated[Optional[int], typer.Option(help="of the processor; as torch chooses if not given")]=None,
+                  device:Annotated[str, typer.Option(help="cpu or cuda; a GPU if there is one")]='',
+                  no_reference:Annotated[bool, typer.Option('--no-reference', help="leave the slow side out")]=False,
+                  runs:Annotated[Optional[Path], typer.Option(help="of main: read what the runs in this folder took, instead of running it")]=None,
+                  to:Annotated[Optional[Path], typer.Option('--json', help="write everything to this file")]=None):
+    "Measure seconds, memory and operations on this machine, beside a slow reference and the machine's own best."
+    import torch
+    from cmcgns.data.studies import write_atomically
+    from cmcgns.reporting.bench import describe
+    from cmcgns.reporting.benchmarks import bench
+    asked = dict(preset=preset, sizes=sizes and numbers(sizes, int), repeats=repeats, threads=threads, reference=False if no_reference else None, runs=runs)
+    result = bench(what, device=device or ('cuda' if torch.cuda.is_available() else 'cpu'), **asked)
+    typer.echo(describe(result))
+    if to: write_atomically(to, json.dumps(result, indent=1)); typer.echo(f"all of it: {to}", err=True)
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c024
 def main():
