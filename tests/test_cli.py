@@ -11,6 +11,7 @@ import time
 import pytest
 from conftest import ROOT, cmcgns
 
+from cmcgns.reporting.cli import main
 from cmcgns.reporting.plan import FIGURES, OURS, PAGES, TABLES, Reproduction, all_jobs, job_of
 from cmcgns.reporting.problems import open_problem
 
@@ -43,8 +44,16 @@ def refused(done, *words):
     (["export", "pretrain", "--to", "x"], ["0 runs in"]),
     (["bench", "tail"], ["unknown benchmark 'tail'", "head"]),
 ])
-def test_mistakes_get_one_sentence(run_cmcgns, arguments, words):
-    refused(run_cmcgns(*arguments), *words)
+def test_mistakes_get_one_sentence(arguments, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cmcgns", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    refused(subprocess.CompletedProcess(arguments, stopped.value.code, *capfd.readouterr()), *words)
+
+
+def test_a_mistake_ends_a_process_the_same_way(run_cmcgns):
+    refused(run_cmcgns("pretrain", "--preset", "labtop"), "unknown preset 'labtop'")
 
 
 @pytest.fixture(scope="module")
