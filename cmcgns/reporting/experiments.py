@@ -182,7 +182,7 @@ def evaluate_run(problem:Problem, # what to evaluate on
     return run_once(runs, task, config, compute)
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c019
-EPOCHS = {('laptop', 'covid_cxr'): dict(stage1_epochs=6, stage2_epochs=16, keep='last')} # where the preset's own do not fit the data set
+EPOCHS = {('laptop', 'covid_cxr'): dict(stage1_epochs=1, stage2_epochs=21, keep='last')} # where the preset's own do not fit the data set
 
 def problem_of(run:Run, # a pre-training run
                data_root, # where real data lie, or None for the synthetic world
