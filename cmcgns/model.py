@@ -22,8 +22,13 @@ from transformers.utils import ModelOutput
 from .alignment import CrossAttention, Predictor, global_contrast, simsiam_loss
 from .clustering import NegativeSampler, ReportContrast
 from .encoders import ENCODERS, ImageEncoder, SentencePool, TextEncoder, image_config, load_pretrained, quiet_transformers, text_config
+<<<<<<< HEAD
 from .files import check_seal, one_line
 from .objectives import READABLE, ImageEmbedding, Objective, ReportEmbedding, make_objective, number_words
+=======
+from .objectives import READABLE, ImageEmbedding, Objective, ReportEmbedding, gather_pairs, make_objective, number_words
+from .processes import alone, several_processes
+>>>>>>> 6c18115 (Several processes share a batch: gathered with gradients, one sampler state, batch statistics of all; contrast by rows with one column for each centroid)
 from .reconstruction import Reconstruction, reconstruction_loss
 from .text import pool_tokens
 
@@ -138,7 +143,7 @@ class CMCGNSOutput(ModelOutput):
 # %% ../nbs/core/06_model.ipynb #c021
 class ClusterGuided:
     "CM-CGNS: its parts and its losses, for the module they stand in."
-    reads, second_stage = READABLE, ('reconstruction',)
+    reads, second_stage, whole_batch = READABLE, ('reconstruction',), False
 
     def add_parts(self, c, # the model's configuration, a `CMCGNSConfig`
                   grid:tuple[int,int], # rows and columns of patches
@@ -152,7 +157,7 @@ class ClusterGuided:
     def losses(self, image:ImageEmbedding, report:ReportEmbedding)->dict[str, Tensor]:
         "Global contrast, local image loss, local report loss in two terms; in stage 2 the reconstruction."
         by_image, by_report = self.attention(report.local, image.local, report.exists) # (b, m, d), (b, p, d)
-        sentences = self.contrast(report.local[report.exists], by_image[report.exists]) # N sentences of the batch
+        sentences = self.contrast(report.pick(report.local), report.pick(by_image)) # N sentences of the batch
         losses = {'global': global_contrast(image.whole, report.whole, self.log_scale), 'image': simsiam_loss(image.local, by_report, self.predictor),
                   'report': sentences['contrast'], 'margin': sentences['margin']}
         return losses if self.reconstruction is None else losses | rebuild(self.reconstruction, image, by_report, self.config.rebuild_over)
@@ -254,20 +259,29 @@ class CMCGNS(CMCGNSParts):
                        attention_mask:Tensor, # 1 for a token, 0 for padding, (b, t)
                        sentence_ids:Tensor, # the sentence of each token, 0 for none, (b, t)
                        word_ids:Tensor|None=None, # the word of each token, 0 for none, (b, t); each token is a word if not given
+                       exists:Tensor|None=None, # which sentences there are, (b, m), bool; found from `sentence_ids` if not given
+                       rows:Tensor|None=None, # where `exists` is true, counted through all reports, (N,)
     )->ReportEmbedding:
         "Reports to the common space."
         h = unit(self.token, self.text_encoder(input_ids, attention_mask)) # (b, t, d)
-        f, exists = pool_tokens(h, sentence_ids) # (b, m, d), (b, m)
+        f, exists = pool_tokens(h, sentence_ids, None if exists is None else exists.shape[1]) # (b, m, d), (b, m)
         local = None if self.report_local is None else unit(self.report_local, f) * exists[..., None]
         whole = None if self.report_whole is None else unit(self.report_whole, self.sentence_pool(f, exists))
-        return ReportEmbedding(whole, local, exists, h, number_words(sentence_ids) if word_ids is None else word_ids)
+        return ReportEmbedding(whole, local, exists, h, number_words(sentence_ids) if word_ids is None else word_ids, rows)
+
+    def losses_of(self, image:ImageEmbedding, report:ReportEmbedding)->dict[str, Tensor]:
+        "The objective's losses: in training of the batch that all processes share, in evaluation of each one's own."
+        everything = self.objective.whole_batch
+        if self.training and everything and several_processes(): image, report = gather_pairs(image, report)
+        with alone(everything or not self.training): return self.objective.losses(image, report)
 
     def forward(self, pixel_values:Tensor, # (b, 1 or 3, s, s), in [-1, 1]
-                input_ids:Tensor, attention_mask:Tensor, sentence_ids:Tensor, word_ids:Tensor|None=None, # as for `encode_reports`
+                input_ids:Tensor, attention_mask:Tensor, sentence_ids:Tensor, word_ids:Tensor|None=None, exists:Tensor|None=None, rows:Tensor|None=None, # as for `encode_reports`
                 return_loss:bool=True, # `transformers.Trainer` reads from this name that the model has a loss of its own
     )->CMCGNSOutput:
         "The loss of a batch of image-report pairs."
-        losses = self.objective.losses(self.encode_images(pixel_values), self.encode_reports(input_ids, attention_mask, sentence_ids, word_ids))
+        image, report = self.encode_images(pixel_values), self.encode_reports(input_ids, attention_mask, sentence_ids, word_ids, exists, rows)
+        losses = self.losses_of(image, report)
         rebuilt = losses.pop('rebuilt', None)
         out = CMCGNSOutput(rebuilt=rebuilt)
         for name, loss in losses.items(): out[f'{name}_loss'] = loss

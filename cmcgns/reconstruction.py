@@ -13,6 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .alignment import full_precision
+from .processes import alone, rows_of_batch
+
 # %% ../nbs/core/05_reconstruction.ipynb #c006
 def check_masking(share:float, by:str):
     "Raises ValueError for a way of masking that does not exist, or a share outside [0, 1]."
@@ -29,7 +32,8 @@ def mask_regions(local:Tensor, # local image features, (b, p, d)
     check_masking(share, by)
     b, p, d = local.shape
     n = p if by == "region" else d
-    noise = torch.rand(b, n, generator=generator, device=local.device if generator is None else generator.device)
+    first, whole = rows_of_batch(b)
+    noise = torch.rand(whole, n, generator=generator, device=local.device if generator is None else generator.device)[first:first + b] # (b, n)
     hidden = (noise.argsort(1).argsort(1) < round(share*n)).to(local.device) # (b, n)
     if by == "channel": return local.masked_fill(hidden[:, None], 0), None
     return local.masked_fill(hidden[..., None], 0), hidden
@@ -66,7 +70,7 @@ class Painter(nn.Module):
     def forward(self, x:Tensor, # (b, c, h, w)
     )->Tensor: # (b, 1, s, s), in (-1, 1)
         x = self.to_grey(self.blocks(x))
-        return (x.relu() if self.relu_before_tanh else x).float().tanh()
+        return full_precision(x.relu() if self.relu_before_tanh else x).tanh()
 
 # %% ../nbs/core/05_reconstruction.ipynb #c022
 def painter_width(d:int)->int: # a multiple of 8, at least 16
@@ -134,7 +138,7 @@ def reconstruction_loss(rebuilt:Tensor, # (b, 1, s, s), in (-1, 1)
     "Mean absolute error of a reconstruction. Raises ValueError for another `over`, or shapes that differ."
     if over not in ("all", "masked"): raise ValueError(f"the reconstruction loss is over all or masked, not {over!r}")
     if rebuilt.shape != target.shape: raise ValueError(f"a reconstruction of {tuple(rebuilt.shape)} is compared with images of {tuple(target.shape)}")
-    error = (rebuilt.float() - target.float()).abs() # (b, 1, s, s)
+    error = (full_precision(rebuilt) - full_precision(target)).abs() # (b, 1, s, s)
     if over == "all" or mask is None: return error.mean()
     hidden = hidden_pixels(mask, grid, error.shape[-1])
     return (error * hidden).sum() / hidden.sum().clamp(min=1)
@@ -175,5 +179,5 @@ class Reconstruction(nn.Module):
                 generator:torch.Generator|None=None, # source of the mask; None: the global one
     )->tuple[Tensor, Tensor|None]: # images, (b, 1, s, s); hidden regions, (b, p), bool, None where there are none
         if not (self.training or self.mask_in_eval): return self.decoder(local, told), None
-        masked, hidden = mask_regions(local, self.share, generator, self.by)
+        with alone(not self.training): masked, hidden = mask_regions(local, self.share, generator, self.by)
         return self.decoder(masked, told), hidden

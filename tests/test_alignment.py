@@ -1,15 +1,13 @@
-"The alignment losses against slow independent references, under padding, precision, and two processes."
+"The alignment losses against slow independent references, under padding and precision."
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmcgns.alignment import (CrossAttention, Predictor, cosines, gather_rows, global_contrast, retrieval_accuracy,
+from cmcgns.alignment import (CrossAttention, Predictor, cosines, global_contrast, retrieval_accuracy,
                               sentence_contrast, simsiam_loss)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -191,32 +189,3 @@ def test_no_loop_over_the_batch_and_no_table_of_pairs():
     assert small.ops == large.ops
     n = 40 * 7
     assert large.largest <= max(n * n, 3 * 40 * 9 * 16)
-
-
-def two_rank_contrast(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
-    torch.manual_seed(0)
-    x, y = torch.randn(2, 6, 5, dtype=torch.double)
-    mine = slice(3 * rank, 3 * rank + 3)
-    x, y, scale = (t.clone().requires_grad_() for t in (x[mine], y[mine], torch.tensor(1., dtype=torch.double)))
-    assert gather_rows(x)[1] == 3 * rank
-    loss = global_contrast(x, y, scale, gather=True)
-    loss.backward()
-    torch.save([t.detach() for t in (loss, x.grad, y.grad, scale.grad)], f'{folder}/{rank}.pt')
-    dist.barrier() # a process that leaves early takes the other's connection with it
-    dist.destroy_process_group()
-
-
-def test_two_processes_contrast_like_one(tmp_path):
-    mp.spawn(two_rank_contrast, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f'{r}.pt') for r in range(2)]
-    torch.manual_seed(0)
-    x, y = torch.randn(2, 6, 5, dtype=torch.double)
-    x, y, scale = (t.clone().requires_grad_() for t in (x, y, torch.tensor(1., dtype=torch.double)))
-    loss = global_contrast(x, y, scale)
-    loss.backward()
-    torch.testing.assert_close((ranks[0][0] + ranks[1][0]) / 2, loss.detach())
-    for i, want in ((1, x.grad), (2, y.grad)): # distributed training averages over processes
-        torch.testing.assert_close(torch.cat([r[i] for r in ranks]) / 2, want)
-    torch.testing.assert_close((ranks[0][3] + ranks[1][3]) / 2, scale.grad)

@@ -4,10 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from cmcgns.clustering import (NegativeSampler, ReportContrast, cluster_sums, false_negative_margin, false_negatives,
                                first_centroids, hard_negative_contrast, mean_cosine)
@@ -353,73 +350,3 @@ def test_a_cluster_without_members_stays():
     right = int(before[:, 0].argmax())
     assert torch.equal(sampler.centroids[1 - right], before[1 - right]) and not torch.equal(sampler.centroids[right], before[right])
     assert cluster_sums(torch.zeros(3, 2), torch.zeros(3), 2).sum() == 0
-
-
-RAGGED = (((5, 3), (1, 9), (0, 4), (20, 30), (7, 2), (0, 6), (11, 11))) # sentences of each process, step by step
-
-
-def global_batches(start_on):
-    g = torch.Generator().manual_seed(3)
-    return [[torch.randn(2, n, 6, generator=g, dtype=torch.double) + (1.5 if step < 2 and start_on == 'clustered' else 0) for n in sizes]
-            for step, sizes in enumerate(RAGGED)]
-
-
-def two_rank_sampler(rank, folder, start_on, update):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
-    torch.manual_seed(rank)
-    sampler = NegativeSampler(6, clusters=16, momentum=.05, update=update).double()
-    states = []
-    for batch in global_batches(start_on):
-        points, others = batch[rank]
-        sampler.observe(points, others if start_on == 'pairs' else None)
-        states.append({k: v.clone() for k, v in sampler.state_dict().items()})
-    torch.save(states, f'{folder}/{rank}.pt')
-    dist.barrier() # a process that leaves early takes the other's connection with it
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize('start_on,update', [('clustered', 'sum'), ('pairs', 'mean')])
-def test_two_processes_learn_the_centroids_of_one_with_the_whole_batch(start_on, update, tmp_path):
-    mp.spawn(two_rank_sampler, (str(tmp_path), start_on, update), nprocs=2)
-    ranks = [torch.load(tmp_path / f'{r}.pt') for r in range(2)]
-    one = NegativeSampler(6, clusters=16, momentum=.05, update=update).double()
-    for step, batch in enumerate(global_batches(start_on)):
-        points, others = (torch.cat(parts) for parts in zip(*batch))
-        one.observe(points, others if start_on == 'pairs' else None)
-        for k, v in one.state_dict().items():
-            assert torch.equal(ranks[0][step][k], ranks[1][step][k]), (step, k)
-            torch.testing.assert_close(ranks[0][step][k], v, rtol=0, atol=1e-13)
-    assert one.started and one.counts.sum() > 30
-
-
-class Head(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.told, self.local = torch.nn.Linear(6, 6), ReportContrast(NegativeSampler(6, clusters=4))
-
-    def forward(self, x):
-        return self.local(x, self.told(x))['loss']
-
-
-def two_rank_training(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
-    torch.manual_seed(0)
-    head = Head()
-    model = DistributedDataParallel(head)
-    optimiser, g = torch.optim.SGD(model.parameters(), .1), torch.Generator().manual_seed(rank)
-    for _ in range(4):
-        optimiser.zero_grad()
-        model(torch.randn(6 + rank, 6, generator=g)).backward()
-        optimiser.step()
-    torch.save(head.state_dict(), f'{folder}/{rank}.pt')
-    dist.barrier() # a process that leaves early takes the other's connection with it
-    dist.destroy_process_group()
-
-
-def test_distributed_training_keeps_one_state(tmp_path):
-    mp.spawn(two_rank_training, (str(tmp_path),), nprocs=2)
-    a, b = (torch.load(tmp_path / f'{r}.pt') for r in range(2))
-    assert all(torch.equal(v, b[k]) for k, v in a.items())
-    assert a['local.sampler.started'] and a['local.sampler.counts'].sum() == 13 * 3

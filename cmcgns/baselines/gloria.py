@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..alignment import cosines, global_contrast
+from ..alignment import cosines, full_precision, global_contrast
 from ..objectives import ImageEmbedding, Objective, ReportEmbedding
 
 # %% ../../nbs/baselines/31_gloria.ipynb #c005
@@ -36,7 +36,7 @@ def found_words(words:Tensor, # of each report, (r, w, d), unit length
     similar = cosines(words.flatten(0, 1), regions.flatten(0, 1)).view(r, w, b, p).permute(2, 0, 1, 3) # (b, r, w, p)
     with torch.autocast(regions.device.type, enabled=False):
         weights = word_attention(similar, exists, temperature, compete) # (b, r, w, p)
-        products = regions.float() @ regions.float().mT # G, (b, p, p)
+        products = full_precision(regions) @ full_precision(regions).mT # G, (b, p, p)
         square = ((weights @ products[:, None]) * weights).sum(-1) # of c's length, (b, r, w)
         return (weights * similar).sum(-1) / square.clamp(min=1e-8).sqrt()
 

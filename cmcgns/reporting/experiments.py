@@ -53,7 +53,7 @@ def pretrain_run(problem:Problem, # what to train on
         train, validation = corpus_of(problem, 'train'), corpus_of(problem, 'validation')
         _, logs = pretrain(settings, train, validation, folder)
         return dict(pairs=dict(train=len(train.reports), validation=len(validation.reports)), model=f'{list(logs)[-1]}/model', logs=logs)
-    return run_once(runs, 'pretrain', pretrain_config(problem, settings), compute)
+    return run_once(runs, 'pretrain', pretrain_config(problem, settings), compute, together=True)
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c009
 def settings_of(run:Run, # of any task

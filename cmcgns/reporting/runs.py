@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,16 +61,20 @@ def run_once(root, # folder of all runs
              task:str, # what is done
              config:dict, # all it depends on, as JSON
              compute:Callable[[Path], dict], # fills the folder it is given, returns the metrics; may find a killed call's files there
+             together:bool=False, # by all processes that `torchrun` started; else by the first, while the others wait
 )->Run:
     "The finished run of this task and config: found, or computed now."
     folder = Path(root)/run_name(task, config)
     if folder.exists(): return Run(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + '.lock')):
+    helps = together and int(os.environ.get('RANK', 0)) > 0 # the first one keeps the run
+    with nullcontext() if helps else FileLock(folder.with_name(folder.name + '.lock')):
         if not folder.exists():
             part, start = folder.with_name(folder.name + '.partial'), time.time()
             part.mkdir(exist_ok=True)
             metrics = compute(part)
+            while helps and not folder.exists(): time.sleep(.1)
+            if helps: return Run(folder)
             files = dict(config=dict(task=task) | config, metrics=metrics, environment=environment() | dict(seconds=round(time.time()-start, 1)))
             for name, content in files.items(): (part/f'{name}.json').write_text(json.dumps(content, indent=1, default=str))
             seal(part)
