@@ -22,13 +22,9 @@ from transformers.utils import ModelOutput
 from .alignment import CrossAttention, Predictor, global_contrast, simsiam_loss
 from .clustering import NegativeSampler, ReportContrast
 from .encoders import ENCODERS, ImageEncoder, SentencePool, TextEncoder, image_config, load_pretrained, quiet_transformers, text_config
-<<<<<<< HEAD
 from .files import check_seal, one_line
-from .objectives import READABLE, ImageEmbedding, Objective, ReportEmbedding, make_objective, number_words
-=======
 from .objectives import READABLE, ImageEmbedding, Objective, ReportEmbedding, gather_pairs, make_objective, number_words
 from .processes import alone, several_processes
->>>>>>> 6c18115 (Several processes share a batch: gathered with gradients, one sampler state, batch statistics of all; contrast by rows with one column for each centroid)
 from .reconstruction import Reconstruction, reconstruction_loss
 from .text import pool_tokens
 
