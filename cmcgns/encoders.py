@@ -6,11 +6,12 @@
 __all__ = ['IMAGE_ENCODERS', 'TEXT_ENCODERS', 'ENCODERS', 'TASK_HEADS', 'SHAPELESS', 'read_config', 'image_config', 'text_config',
            'AttentionPool', 'map_to_regions', 'ImageFeatures', 'feature_grid', 'ImageEncoder', 'expand_channels',
            'without_pooler', 'TextEncoder', 'SentencePool', 'quiet_transformers', 'config_differences', 'some',
-           'describe_misfit', 'read_weights', 'load_pretrained', 'stay_in_eval', 'freeze']
+           'describe_misfit', 'read_weights', 'load_pretrained', 'stay_in_eval', 'freeze', 'norms_at_rest', 'join',
+           'in_parts']
 
 # %% ../nbs/core/02_encoders.ipynb #c002
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_MAPPING, AutoConfig, BertConfig, PreTrainedConfig, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 from transformers.utils import logging
 
@@ -286,3 +288,32 @@ def freeze(module:nn.Module)->nn.Module: # the same module
     module.requires_grad_(False).eval()
     for m in module.modules(): m.train = partial(stay_in_eval, m)
     return module
+
+# %% ../nbs/core/02_encoders.ipynb #d402
+@contextmanager
+def norms_at_rest(module:nn.Module):
+    "Inside, running statistics stay what they are, also in training mode."
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    for m in norms: m.momentum = 0.
+    try: yield
+    finally:
+        for m, (momentum, n) in zip(norms, before):
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(n)
+
+def join(parts:list): # of tensors, or of named tuples of tensors
+    "Parts below each other again."
+    if isinstance(parts[0], Tensor): return torch.cat(parts)
+    return type(parts[0])(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
+
+def in_parts(module:nn.Module, # what embeds
+             embed, # a function of tensors that uses it, like `module` itself
+             at_once:int, # rows at a time; 0: all
+             *rows:Tensor|None, # of the batch
+): # what `embed` gives for all rows
+    "Embed a few rows at a time, and once more for the gradient, so that only a few rows' activations are held."
+    if not (at_once and len(rows[0]) > at_once and torch.is_grad_enabled()): return embed(*rows)
+    again = lambda: (nullcontext(), norms_at_rest(module))
+    cuts = range(0, len(rows[0]), at_once)
+    return join([checkpoint(embed, *(None if t is None else t[i:i + at_once] for t in rows), use_reentrant=False, context_fn=again) for i in cuts])

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'ALLOWED', 'replace_fields', 'Method', 'as_published', 'CMCGNSConfig', 'make_config', 'CMCGNSOutput',
            'ClusterGuided', 'ClusterGuidedObjective', 'rebuild', 'total_loss', 'make_contrast', 'make_reconstruction',
-           'CMCGNSParts', 'unit', 'CMCGNS', 'build_model', 'next_stage', 'read_model', 'load_model']
+           'CMCGNSParts', 'find_sentences', 'unit', 'CMCGNS', 'build_model', 'next_stage', 'embed_at_once',
+           'read_model', 'load_model']
 
 # %% ../nbs/core/06_model.ipynb #c002
 import math
@@ -21,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from .alignment import CrossAttention, Predictor, global_contrast, simsiam_loss
 from .clustering import NegativeSampler, ReportContrast
-from .encoders import ENCODERS, ImageEncoder, SentencePool, TextEncoder, image_config, load_pretrained, quiet_transformers, text_config
+from .encoders import ENCODERS, ImageEncoder, SentencePool, TextEncoder, image_config, in_parts, load_pretrained, quiet_transformers, text_config
 from .files import check_seal, one_line
 from .objectives import READABLE, ImageEmbedding, Objective, ReportEmbedding, gather_pairs, make_objective, number_words
 from .processes import alone, several_processes
@@ -207,6 +208,7 @@ class CMCGNSParts(ClusterGuided, PreTrainedModel):
     "What a `CMCGNS` model is made of."
     config_class = CMCGNSConfig
     main_input_name = 'pixel_values'
+    at_once = 0 # pairs that are embedded at a time; 0: the whole batch
 
     def __init__(self, config:CMCGNSConfig):
         super().__init__(config)
@@ -235,6 +237,12 @@ class CMCGNSParts(ClusterGuided, PreTrainedModel):
         return self if self.other is None else self.other
 
     def _init_weights(self, module): "Each part has set its own weights when it was built."
+
+# %% ../nbs/core/06_model.ipynb #d414
+def find_sentences(sentence_ids:Tensor, # the sentence of each token, 0 for none, (b, t)
+)->Tensor: # which sentences there are, (b, m), bool
+    "Sentences that have a token."
+    return (sentence_ids[:, None] == torch.arange(1, int(sentence_ids.max()) + 1, device=sentence_ids.device)[:, None]).any(-1)
 
 # %% ../nbs/core/06_model.ipynb #c031
 def unit(project:nn.Module|None, # a projection; None if the objective does not read it
@@ -276,8 +284,10 @@ class CMCGNS(CMCGNSParts):
                 return_loss:bool=True, # `transformers.Trainer` reads from this name that the model has a loss of its own
     )->CMCGNSOutput:
         "The loss of a batch of image-report pairs."
-        image, report = self.encode_images(pixel_values), self.encode_reports(input_ids, attention_mask, sentence_ids, word_ids, exists, rows)
-        losses = self.losses_of(image, report)
+        if exists is None: exists, rows = find_sentences(sentence_ids), None
+        image = in_parts(self, self.encode_images, self.at_once, pixel_values)
+        report = in_parts(self, self.encode_reports, self.at_once, input_ids, attention_mask, sentence_ids, word_ids, exists)
+        losses = self.losses_of(image, report._replace(rows=rows))
         rebuilt = losses.pop('rebuilt', None)
         out = CMCGNSOutput(rebuilt=rebuilt)
         for name, loss in losses.items(): out[f'{name}_loss'] = loss
@@ -310,6 +320,15 @@ def next_stage(model:CMCGNS, # a trained stage-1 model
     left = [k for k in missing if k.removeprefix('other.').split('.')[0] not in new.objective.second_stage] + unexpected
     if left: raise ValueError(f"stage 1 does not fit stage 2: {', '.join(left[:5])} differ; were both built with the same settings?")
     return new
+
+# %% ../nbs/core/06_model.ipynb #d412
+def embed_at_once(model:CMCGNS, n:int, # pairs; 0: the whole batch
+)->CMCGNS: # the same model
+    "Embed and draw `n` pairs at a time, and once more for the gradient."
+    model.at_once = n
+    for m in model.modules():
+        if isinstance(m, Reconstruction): m.at_once = n
+    return model
 
 # %% ../nbs/core/06_model.ipynb #c055
 def read_model(folder:Path, # a folder written by `save_pretrained`

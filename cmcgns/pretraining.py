@@ -37,7 +37,7 @@ from .alignment import full_precision
 from .encoders import ENCODERS, feature_grid, image_config, quiet_transformers
 from .files import broken_seal, check_seal, seal
 from .image import augment, centre_crop, normalise
-from .model import CMCGNS, Method, build_model, load_model, next_stage, replace_fields
+from .model import CMCGNS, Method, build_model, embed_at_once, load_model, next_stage, replace_fields
 from .objectives import find_objective, number_words, read_options, read_value
 from .processes import add_up, n_processes, share_norms
 from .reconstruction import count_doublings
@@ -56,7 +56,8 @@ class Settings(Method):
     zoom: float = 0. # a crop is up to this share smaller, then resized
     jitter: float = 0. # strength of brightness and contrast changes
     batch_size: int = 64 # pairs a step; several processes share them
-    accumulate: int = 1 # steps whose gradients are added before an update
+    accumulate: int = 1 # steps whose gradients are added before an update; each contrasts its own batch only
+    embed_at_once: int = 0 # pairs of a batch that are embedded at a time, for batches that do not fit; 0: all
     stage1_epochs: int = 10 # epochs of stage 1
     stage2_epochs: int = 20 # epochs of stage 2
     warmup_epochs: int = 1 # epochs of linear warm-up; then cosine to zero
@@ -120,6 +121,7 @@ def check_settings(s:Settings):
         if getattr(s, name) not in known: raise ValueError(f"{name}={getattr(s, name)}: known are {', '.join(known)}")
     for name in POSITIVE:
         if not getattr(s, name) > 0: raise ValueError(f"{name}={getattr(s, name)}: expected more than 0")
+    if s.embed_at_once < 0: raise ValueError(f"embed_at_once={s.embed_at_once}: expected 0 for the whole batch, or a number of pairs")
     if s.image_size > s.store_size: raise ValueError(f"image_size={s.image_size}: a crop cannot be larger than the stored image, store_size={s.store_size}")
     if (s.rebuild_over, s.mask_by) == ('masked', 'channel'): raise ValueError("rebuild_over=masked needs mask_by=region: masked channels hide no region")
     objective = find_objective(s.objective)
@@ -402,7 +404,7 @@ def train_stage(model:CMCGNS, # where to start
     processes = join_processes()
     n = processes.num_processes
     settings = replace_fields(settings, batch_size=min(settings.batch_size, len(train) // n * n))
-    share_norms(model)
+    embed_at_once(share_norms(model), settings.embed_at_once)
     model.image_encoder.to(memory_format=torch.channels_last) # convolutions are faster so
     trainer = PairTrainer(model, arguments(settings, epochs, folder, len(train)//settings.batch_size), collate, train, validation,
                           callbacks=[Bar(title), KeepWhole(), BestSinceStart(), Collapse(), *callbacks])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .alignment import full_precision
+from .encoders import in_parts
 from .processes import alone, rows_of_batch
 
 # %% ../nbs/core/05_reconstruction.ipynb #c006
@@ -170,7 +171,7 @@ class Reconstruction(nn.Module):
         super().__init__()
         if kind not in DECODERS: raise ValueError(f"unknown decoder {kind!r}: known are {', '.join(DECODERS)}")
         check_masking(share, by)
-        self.share, self.by, self.mask_in_eval = share, by, mask_in_eval
+        self.share, self.by, self.mask_in_eval, self.at_once = share, by, mask_in_eval, 0
         options = dict(share_layers=share_layers) if kind == "transformer" else {}
         self.decoder = DECODERS[kind](d, grid, image_size, relu_before_tanh=relu_before_tanh, **options)
 
@@ -180,4 +181,4 @@ class Reconstruction(nn.Module):
     )->tuple[Tensor, Tensor|None]: # images, (b, 1, s, s); hidden regions, (b, p), bool, None where there are none
         if not (self.training or self.mask_in_eval): return self.decoder(local, told), None
         with alone(not self.training): masked, hidden = mask_regions(local, self.share, generator, self.by)
-        return self.decoder(masked, told), hidden
+        return in_parts(self.decoder, self.decoder, self.at_once, masked, told), hidden

@@ -326,6 +326,17 @@ def watched(n, d, k):
     return seen
 
 
+def test_rows_at_a_time_hold_no_large_table():
+    torch.manual_seed(0)
+    module = ReportContrast(NegativeSampler(16, clusters=8))
+    x, y = torch.randn(2, 300, 16).requires_grad_()
+    module(x, y)
+    own, second = module.sampler.two_nearest(x).unbind(1)
+    for table in 3000, 9000:
+        with Watch() as seen: module.losses(x, y, own, second, table=table)['loss'].backward()
+        assert seen.largest <= max(300 * 16, table + table // 300 * 8) # a few rows, and their columns of the centroids
+
+
 def test_no_loop_over_sentences_and_no_table_of_vectors():
     small, large = watched(30, 64, 8), watched(300, 64, 8)
     assert small.ops == large.ops

@@ -1,8 +1,10 @@
-"The published configurations, built and run at full size."
+"The published configurations, built and run at full size; and a head that a GPU need not be waited for."
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmcgns.model import Method, as_published, build_model, next_stage
+from cmcgns.model import Method, as_published, build_model, next_stage, replace_fields
+from cmcgns.objectives import ImageEmbedding, ReportEmbedding
 from cmcgns.pretraining import PRESETS, make_settings
 
 
@@ -35,3 +37,45 @@ def test_presets_are_plain_data_over_known_fields():
     s = make_settings("paper-resnet50")
     assert (s.lr, s.weight_decay, s.batch_size, s.stage1_epochs, s.stage2_epochs, s.seed, s.store_size, s.image_size, s.max_tokens) == \
         (1e-5, 1e-6, 64, 10, 20, 42, 256, 224, 256)
+
+
+class NeverAsk(TorchDispatchMode):
+    "Refuses whatever would make a GPU be waited for: numbers read from tensors, and shapes that depend on them."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "bincount", "repeat_interleave"), name
+        if name.startswith("index"):
+            assert not any(t is not None and t.dtype == torch.bool for t in args[1] if isinstance(args[1], (list, tuple))), f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def embedded(b=6, m=3, p=4, d=32):
+    g = torch.Generator().manual_seed(0)
+    unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, d, generator=g), dim=-1).requires_grad_()
+    exists = torch.arange(m) < torch.tensor([1, 2, 3, 1, 3, 2])[:, None]
+    return ImageEmbedding(unit(b), unit(b, p), None), ReportEmbedding(unit(b), unit(b, m), exists, rows=exists.flatten().nonzero()[:, 0])
+
+
+def test_the_head_never_waits_for_the_device():
+    model = build_model("resnet-tiny", "bert-tiny", 50, 64, replace_fields(Method(), width=32, clusters=4, cluster_start=2.))
+    image, report = embedded()
+    before = model.losses(image, report)
+    assert model.contrast.sampler.has_started() and before["margin"] == 0
+    for table in None, 40:
+        with NeverAsk():
+            losses = model.losses(image, report)
+            x = report.pick(report.local)
+            by_rows = model.contrast.losses(x, x, *model.contrast.sampler.two_nearest(x).unbind(1), table=table)["loss"]
+            (model.total(losses) + by_rows).backward()
+        assert losses["margin"] > 0
+    with NeverAsk(), pytest.raises(AssertionError, match="by a mask"):
+        model.losses(image, report._replace(rows=None))
+
+
+def test_a_loaded_sampler_is_asked_again():
+    model = build_model("resnet-tiny", "bert-tiny", 50, 64, replace_fields(Method(), width=32, clusters=4, cluster_start=2.))
+    fresh = {k: v.clone() for k, v in model.state_dict().items()}
+    model.losses(*embedded())
+    assert model.contrast.sampler.has_started()
+    model.load_state_dict(fresh)
+    assert not model.contrast.sampler.has_started()
