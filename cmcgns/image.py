@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .files import one_line
 

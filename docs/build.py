@@ -18,6 +18,7 @@ SECTIONS = {  # folders of nbs/ in the order of the site; one that is not named 
     "reproduce": ("Reproduction", "Pages with parameters, which make the tables and figures out of runs."),
     "reporting": ("Runs and reports", "What keeps, draws and tabulates what was computed, and the command line."),
 }
+WIDGET = dict(cell_type="markdown", id="page-widget", metadata={}, source="{.page-note}\nHere stands a widget when the page runs in JupyterLab (`make lab`). What follows is the same, standing still.")
 PROJECT = {"README": "Results", "CONTRIBUTING": "Contributing", "CHANGELOG": "Changes"}
 
 
@@ -77,7 +78,7 @@ def fit_page(page, root):
     name, module = page.relative_to(root), module_of(page)
     up = "../" * (len(name.parts) - 1)
     makes = f"Makes [`{module}`]({up}api/{module}.rst): cells with a coloured bar are the library, the others show and check it. " if module else ""
-    cells = [c for c in map(fit_cell, read_cells(page)) if c]
+    cells = [fit for cell in read_cells(page) for fit in (fit_cell(cell), WIDGET if "widget" in cell["metadata"].get("tags", []) else None) if fit]
     empty = name.parts[-2] == "reproduce" and not any(c.get("outputs") for c in cells)
     kept = ". It is kept without results, which depend on the data: `cmcgns reproduce` fills it in." if empty else ""
     note = dict(cell_type="markdown", id="page-note", metadata={}, source=f"{{.page-note}}\n{makes}Notebook: `{name}`{kept}")

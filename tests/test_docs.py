@@ -124,6 +124,9 @@ def test_page_keeps_what_it_showed(read, page):
     assert shown.counts["div", "math"] == len(re.findall(r"\$\$.+?\$\$", prose, re.S))
     assert ("tex-svg.js" in str(shown.loads)) == bool(shown.counts["div", "math"] or shown.counts["span", "math"])
     assert not re.search(r"#\| ?(export|hide|default_exp)", shown.text)
+    tables = sum(len(re.findall(r"(?m)^\|( --- \|)+$", "".join(data.get("text/markdown", "")))) for data in outputs)
+    assert sum(n for kind, n in shown.counts.items() if kind[0] == "table") >= tables
+    assert shown.text.count("Here stands a widget") == sum("widget" in c["metadata"].get("tags", []) for c in cells)
 
 
 def test_command_line_is_complete(read):

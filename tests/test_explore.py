@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from urllib.request import urlopen
 
@@ -20,7 +21,7 @@ from PIL import Image
 from cmcgns.reporting.explore import (LIVELY, ROLES, TOLD, AttentionExplorer, ClusterExplorer, ReconstructionExplorer, bars, changes_for, describe_negatives, look, make_spots,
                                       map_sentences, nearest_in, open_run, open_table, others_of, read_table, rebuild, relations_of, richest, roles_of, spoken_of)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("explore")] # one worker: they share a run, and a JupyterLab
 PAGES = sorted((ROOT / "nbs" / "explore").glob("*.ipynb"))
 WIDGETS = {"explore_attention": "AttentionExplorer", "explore_clusters": "ClusterExplorer", "explore_reconstruction": "ReconstructionExplorer"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -222,19 +223,40 @@ def free_port():
         return s.getsockname()[1]
 
 
+def keep_settings(home, name, settings):
+    "The settings of JupyterLab's plugin `name`, as its settings editor keeps them."
+    path = home / "jupyter_config_dir" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+
+
+def set_parameters(page, **values):
+    "Write values into the cell at the top of a page, as a reader does; a page without such a parameter is left as it is."
+    text = page.read_text(encoding="utf-8")
+    for name, value in values.items():
+        text = text.replace(f"{name}: str = '' #", json.dumps(f"{name}: str = {str(value)!r} #", ensure_ascii=False)[1:-1])
+    page.write_text(text, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "The address of a JupyterLab on a copy of the explore pages."
+def lab(tmp_path_factory, opened, folders):
+    "The address of a JupyterLab on a copy of the explore pages, which find the run of these tests; what else they train, they train briefly."
     if MISSING:
         pytest.skip(f"the pages are not opened in a browser: {' and '.join(MISSING)} not found")
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "nbs" / "explore", home / "pages", ignore=shutil.ignore_patterns(".*"))
+    brief = LIVELY | dict(stage1_epochs=2, stage2_epochs=1)
+    for page in (home / "pages").glob("*.ipynb"):
+        shared = page.stem in ("quickstart", *WIDGETS)
+        set_parameters(page, runs=folders[0], cache=folders[1], changes=json.dumps(LIVELY if shared else brief))
+    keep_settings(home, "notebook-extension/tracker", dict(windowingMode="none")) # all cells are there to be looked at
+    keep_settings(home, "apputils-extension/notification", dict(fetchNews="false", checkForUpdates=False))
     port, own = free_port(), {k: str(home / k.lower()) for k in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={home / 'pages'}",
-               "--IdentityProvider.token=", "--ServerApp.password=", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+               "--IdentityProvider.token=", "--ServerApp.password="]
     with open(home / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | own) as server:
         try:
-            for _ in range(120):
+            for _ in range(240):
                 try:
                     urlopen(f"http://127.0.0.1:{port}/api", timeout=2)
                     break
@@ -250,33 +272,48 @@ def lab(tmp_path_factory):
 def browser(lab):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"])
         yield chromium
         chromium.close()
 
 
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
+FAILED = "[data-mime-type='application/vnd.jupyter.error']"
+END_KERNELS = """async () => {
+  const headers = {'X-XSRFToken': (document.cookie.match(/_xsrf=([^;]+)/) || [])[1]};
+  for (const s of await (await fetch('/api/sessions')).json()) await fetch('/api/sessions/' + s.id, {method: 'DELETE', headers});
+}"""
+
+
+@contextmanager
 def open_page(browser, lab, name):
-    "Open a page in JupyterLab, run all of its cells, and wait until they are done."
+    "A page in JupyterLab with all of its cells run, none of them in vain."
     tab = browser.new_page(viewport=dict(width=1300, height=1500))
     tab.goto(f"{lab}/doc/tree/{name}.ipynb?reset", timeout=120_000)
     tab.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
-    started = "() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(p => /\\[(\\*|\\d+)\\]/.test(p.textContent))"
-    done = "() => { const p = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent); return p.some(t => /\\d/.test(t)) && !p.some(t => t.includes('*')) }"
-    for _ in range(6): # what is asked before the kernel is connected is lost
-        tab.wait_for_timeout(3000)
+    for _ in range(20): # what is asked before the kernel is connected is lost
+        tab.wait_for_timeout(2000)
         tab.get_by_role("menuitem", name="Run", exact=True).click()
         tab.get_by_text("Run All Cells", exact=True).click()
         tab.wait_for_timeout(1000)
-        if tab.evaluate(started):
+        if tab.evaluate(f"() => {PROMPTS}.some(t => /[*]|[0-9]/.test(t))"):
             break
-    tab.wait_for_function(done, timeout=300_000)
+    tab.wait_for_function(f"() => {PROMPTS}.some(t => /[0-9]/.test(t)) && !{PROMPTS}.some(t => t.includes('*'))", timeout=400_000)
     tab.wait_for_timeout(500)
-    return tab
+    assert not tab.locator(FAILED).count(), tab.locator(FAILED).first.text_content()[-2000:]
+    cells = sum(kind == "code" and bool(source.strip()) for kind, _, source, _ in sources(ROOT / "nbs" / "explore" / f"{name}.ipynb"))
+    assert [int(t.strip(" []:")) for t in tab.evaluate(f"() => {PROMPTS}") if re.search("[0-9]", t)] == list(range(1, cells + 1))
+    yield tab
+    tab.evaluate(END_KERNELS)
+    tab.close()
 
 
-def shot(tab, name):
-    "Keep a screenshot where a person may look at it."
+def shot(tab, name, at=None):
+    "Keep a screenshot where a person may look at it, from the cell of the widget on."
     if folder := os.environ.get("CMCGNS_SCREENSHOTS"):
+        if at:
+            tab.locator(at).first.evaluate("e => e.closest('.jp-Cell').scrollIntoView()")
+            tab.wait_for_timeout(300)
         tab.screenshot(path=f"{folder}/{name}.png")
 
 
@@ -290,55 +327,48 @@ def until_other(tab, selector, before):
 
 
 def test_attention_in_the_browser(browser, lab):
-    tab = open_page(browser, lab, "explore_attention")
-    film = ".cmcgns-stage img"
-    tab.wait_for_selector(film, timeout=240_000)
-    before = source_of(tab, film)
-    tab.locator(".cmcgns-stage").scroll_into_view_if_needed()
-    shot(tab, "attention-1")
-    tab.locator(".cmcgns-spot").nth(6).click()
-    until_other(tab, film, before)
-    before = source_of(tab, film)
-    tab.locator(".widget-select select").last.select_option(index=2)
-    until_other(tab, film, before)
-    shot(tab, "attention-2")
-    tab.close()
+    with open_page(browser, lab, "explore_attention") as tab:
+        film, words = ".cmcgns-stage img", tab.locator(".widget-html-content").filter(has_text="How much the chosen region weighs")
+        tab.wait_for_selector(film, timeout=240_000)
+        before, said = source_of(tab, film), words.text_content()
+        shot(tab, "attention-1", film)
+        tab.locator(".cmcgns-spot").nth(6).click()
+        until_other(tab, film, before)
+        assert "row 2, column 3" in words.text_content() and words.text_content() != said
+        before = source_of(tab, film)
+        tab.locator(".widget-select select").last.select_option(index=2)
+        until_other(tab, film, before)
+        shot(tab, "attention-2", film)
 
 
 def test_clusters_in_the_browser(browser, lab):
-    tab = open_page(browser, lab, "explore_clusters")
-    tab.wait_for_selector(".cmcgns-dot", timeout=240_000)
-    films = ".widget-image"
-    before = source_of(tab, films)
-    tab.locator(".cmcgns-stage").scroll_into_view_if_needed()
-    shot(tab, "clusters-1")
-    tab.locator(".cmcgns-dot").nth(100).click(force=True)
-    until_other(tab, films, before)
-    shot(tab, "clusters-2")
-    tab.close()
+    with open_page(browser, lab, "explore_clusters") as tab:
+        films = ".widget-image"
+        tab.wait_for_selector(".cmcgns-dot", timeout=240_000)
+        before = source_of(tab, films)
+        shot(tab, "clusters-1", films)
+        tab.locator(".cmcgns-dot").nth(100).click(force=True)
+        until_other(tab, films, before)
+        shot(tab, "clusters-2", films)
 
 
 def test_reconstruction_in_the_browser(browser, lab):
-    tab = open_page(browser, lab, "explore_reconstruction")
-    picture = ".widget-image"
-    tab.wait_for_selector(picture, timeout=240_000)
-    before = source_of(tab, picture)
-    tab.locator(picture).scroll_into_view_if_needed()
-    shot(tab, "reconstruction-1")
-    handle = tab.locator(".widget-slider .noUi-handle").first
-    handle.focus()
-    for _ in range(4):
-        handle.press("ArrowRight")
-    until_other(tab, picture, before)
-    shot(tab, "reconstruction-2")
-    tab.close()
+    with open_page(browser, lab, "explore_reconstruction") as tab:
+        picture = ".widget-image"
+        tab.wait_for_selector(picture, timeout=240_000)
+        before = source_of(tab, picture)
+        shot(tab, "reconstruction-1", picture)
+        handle = tab.locator(".widget-slider .noUi-handle").first
+        handle.focus()
+        for _ in range(4):
+            handle.press("ArrowRight")
+        until_other(tab, picture, before)
+        tab.locator(".widget-html-content").filter(has_text="12 of 16 regions hidden").wait_for(timeout=60_000)
+        shot(tab, "reconstruction-2", picture)
 
 
 @pytest.mark.parametrize("name", [p.stem for p in PAGES if p.stem not in WIDGETS])
 def test_page_runs_in_the_browser(browser, lab, name):
-    tab = open_page(browser, lab, name)
-    cells = sum(kind == "code" and bool(source.strip()) for kind, _, source, _ in sources(ROOT / "nbs" / "explore" / f"{name}.ipynb"))
-    kept = json.loads(urlopen(f"{lab}/api/contents/{name}.ipynb", timeout=30).read())["content"]
-    assert cells == sum(c["cell_type"] == "code" for c in kept["cells"]) and not tab.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg").count()
-    shot(tab, name)
-    tab.close()
+    with open_page(browser, lab, name) as tab:
+        assert tab.locator(".jp-OutputArea img").count()
+        shot(tab, name)

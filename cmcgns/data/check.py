@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .chexpert import find_chexpert, published_chexpert, scan_chexpert, write_chexpert
 from .covid_cxr import NAMES, find_covid_cxr, scan_covid_cxr, write_covid_cxr

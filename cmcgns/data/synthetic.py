@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .studies import Box, Meaning, Study, load_studies, save_studies
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIVELY', 'CSS', 'ROLES', 'TOLD', 'ADVICE', 'Opened', 'open_run', 'changes_for', 'spoken_of', 'outline', 'richest',
-           'Looks', 'look', 'plot_film', 'bare_png', 'make_spots', 'make_stage', 'Explorer', 'caption_of', 'bars',
-           'AttentionExplorer', 'SentenceMap', 'spell_meaning', 'map_sentences', 'roles_of', 'relations_of',
-           'nearest_in', 'describe_negatives', 'plot_neighbours', 'table_html', 'colours_by', 'legend_html',
-           'ClusterExplorer', 'Rebuilt', 'others_of', 'rebuild', 'ReconstructionExplorer', 'read_label', 'read_table',
-           'open_table']
+           'Looks', 'look', 'plot_film', 'bare_png', 'make_spots', 'make_stage', 'Explorer', 'prose', 'colour_strip',
+           'caption_of', 'bars', 'AttentionExplorer', 'SentenceMap', 'spell_meaning', 'map_sentences', 'roles_of',
+           'relations_of', 'nearest_in', 'describe_negatives', 'plot_neighbours', 'table_html', 'colours_by',
+           'legend_html', 'ClusterExplorer', 'Rebuilt', 'others_of', 'rebuild', 'ReconstructionExplorer', 'read_label',
+           'read_table', 'open_table']
 
 # %% ../../nbs/reporting/47_explore.ipynb #c002
 import io
@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -197,6 +198,16 @@ class Explorer:
     "Widgets in a box, which shows itself in a notebook."
     def _repr_mimebundle_(self, **kwargs): return self.box._repr_mimebundle_(**kwargs)
 
+def prose(text:str)->str: # HTML
+    "Text as close as in a book; the lines of a widget are as far apart as buttons."
+    return f'<div style="line-height:1.4">{text}</div>'
+
+def colour_strip(low:float, high:float, # the weights at its ends
+)->str: # HTML
+    "The colours of the film between their numbers."
+    shades = ', '.join(to_hex(c) for c in colormaps['inferno'](np.linspace(0, 1, 9)))
+    return f'{low:.3f} <span style="display:inline-block;width:8em;height:.8em;vertical-align:middle;background:linear-gradient(to right, {shades})"></span> {high:.3f}'
+
 def caption_of(what:str, origin:str)->str: # HTML
     "The title of a picture made of widgets; it names the data as every figure does."
     return f'<b>{escape(title_of(what, origin))}</b>'
@@ -246,9 +257,12 @@ class AttentionExplorer(Explorer):
         k, region, seen = self.sentence.value, self.region.value, self.seen
         if k is None: return
         self.film.value = bare_png(plot_film(seen, k, region))
-        self.caption.value = (f'{caption_of(f"What “{seen.sentences[k]}” looks at", self.opened.problem.name)}<br>{seen.grid[0]} × {seen.grid[1]} regions, weight from '
-                              f'{seen.to_regions.min():.3f} (dark) to {seen.to_regions.max():.3f} (bright); boxes: where its finding is; dashed: the chosen region')
-        self.told.value = f'<b>The chosen region weighs</b> (n = {len(seen.sentences)} sentences)' + bars(seen.sentences, seen.to_sentences[region].tolist(), k)
+        low, high, weighs = seen.to_regions.min(), seen.to_regions.max(), seen.to_sentences[region]
+        boxes = '<br>blue boxes: where its finding is; the model was not told' if seen.outlines[k] else ''
+        self.caption.value = prose(f'{caption_of(f"What “{seen.sentences[k]}” looks at", self.opened.problem.name)}<br>weight {colour_strip(low, high)}<br>'
+                                   f'{seen.grid[0]} × {seen.grid[1]} regions; dashed: the chosen one, which the sentence weighs {seen.to_regions[k, region]:.3f}{boxes}')
+        self.told.value = prose(f'<b>How much the chosen region weighs each sentence</b><br>{self.region.label}; n = {len(seen.sentences)} sentences; the bars begin at the least, '
+                                f'{weighs.min():.3f}{bars(seen.sentences, weighs.tolist(), k)}')
 
 # %% ../../nbs/reporting/47_explore.ipynb #c032
 class SentenceMap(NamedTuple):
@@ -338,7 +352,7 @@ def plot_neighbours(chart:SentenceMap, i:int,
 def table_html(rows:Sequence[dict], # all with the same keys
 )->str: # HTML
     "Rows as a table."
-    cell = lambda tag, v: f'<{tag} style="text-align:left;padding:0 .6em 0 0;vertical-align:top">{escape(str(v))}</{tag}>'
+    cell = lambda tag, v: f'<{tag} style="text-align:left;padding:0 .6em 0 0;vertical-align:top;white-space:{"nowrap" if len(str(v)) < 28 else "normal"}">{escape(str(v))}</{tag}>'
     return f"<table><tr>{''.join(cell('th', k) for k in rows[0])}</tr>{''.join('<tr>' + ''.join(cell('td', v) for v in r.values()) + '</tr>' for r in rows)}</table>"
 
 def colours_by(groups:Sequence[str], # the group of each sentence
@@ -392,11 +406,11 @@ class ClusterExplorer(Explorer):
         for j, (spot, group) in enumerate(zip(self.spots, groups)):
             spot.style.button_color = colours[group]
             spot.layout.width = spot.layout.height = '15px' if j == i else '9px' if colours[group] != GREY else '6px'
-        self.legend.value = f"{caption_of(f'Sentences as the image tells them (n = {len(groups)})', self.origin)}<br>{' × '.join(chart.axes)}: places without a meaning of their own<br>{legend_html(groups, colours)}"
+        self.legend.value = prose(f"{caption_of(f'Sentences as the image tells them (n = {len(groups)})', self.origin)}<br>{' × '.join(chart.axes)}: places without a meaning of their own<br>{legend_html(groups, colours)}")
         n = chart.named
-        about = f'clustering: {chart.status}' if n is None else f'asks for cluster {n.own[i]}, falls into {n.member[i]}, its hard negative is the centroid of {n.second[i]} (cosine {n.similar[i, n.second[i]]:.2f})'
+        about = f'clustering: {chart.status}' if n is None else f'asks for cluster {n.own[i]}, falls into cluster {n.member[i]}; its hard negative is the centroid of cluster {n.second[i]} (cosine {n.similar[i, n.second[i]]:.2f})'
         says = f', which says <i>{escape(chart.meanings[i])}</i>' if chart.meanings else ''
-        self.words.value = f'“{escape(chart.texts[i])}”{says}: {about}{table_html(describe_negatives(chart, i))}'
+        self.words.value = prose(f'“{escape(chart.texts[i])}”{says}: {about}{table_html(describe_negatives(chart, i))}')
         self.films.value = render(plot_neighbours(chart, i, self.origin), 80)
 
 # %% ../../nbs/reporting/47_explore.ipynb #c049
@@ -460,10 +474,10 @@ class ReconstructionExplorer(Explorer):
     def draw(self, change=None):
         at = self.opened.test[self.first.value:self.first.value + self.n]
         done = rebuild(self.opened, at, self.share.value, self.told.value, self.draw_number.value)
-        self.picture.value = render(plot_reconstructions(done.films, done.hidden, done.rebuilt, self.opened.problem.name, done.grid), 88)
+        self.picture.value = render(plot_reconstructions(done.films, done.hidden, done.rebuilt, self.opened.problem.name, done.grid), 110)
         ids = ', '.join(self.opened.problem.studies[i].id for i in at)
         error = 'nothing is hidden' if np.isnan(done.error) else f'L1 of the hidden pixels {done.error:.3f} (of a range of 2)'
-        self.words.value = f'{done.hidden[0].sum()} of {done.hidden.shape[1]} regions hidden, told {self.told.value}; <b>{error}</b>; studies {escape(ids)}'
+        self.words.value = prose(f'{done.hidden[0].sum()} of {done.hidden.shape[1]} regions hidden, told {self.told.value}; <b>{error}</b>; studies {escape(ids)}')
 
 # %% ../../nbs/reporting/47_explore.ipynb #c054
 ADVICE = "the table needs a header with the columns image and report; patient and labels are optional"
