@@ -35,7 +35,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .alignment import full_precision
 from .encoders import ENCODERS, feature_grid, image_config, quiet_transformers
-from .files import broken_seal, check_seal, seal
+from .files import broken_seal, check_seal, seal, writing
 from .image import augment, centre_crop, normalise
 from .model import CMCGNS, Method, build_model, embed_at_once, load_model, next_stage, replace_fields
 from .objectives import find_objective, number_words, read_options, read_value
@@ -202,8 +202,8 @@ def tell_fault(model, loss:float, step:int, corpus:Corpus, keys:Sequence[int]# o
 )->str:
     "What to say when the loss is no number."
     names = [str(corpus.ids[k]) if len(corpus.ids) else f'pair {k}' for k in map(int, keys)]
-    whole = all(p.isfinite().all() for p in model.parameters())
-    why = "all weights are finite, so look at these studies" if whole else "weights are no longer finite, so take a lower lr"
+    largest = max(p.detach().abs().max().item() for p in model.parameters())
+    why = f"no weight is beyond {largest:.3g}, so look at these studies" if largest < 1e4 else f"weights have grown to {largest:.3g}, so take a lower lr; the batch was"
     return f"the loss is {loss} at step {step}; {why}: {', '.join(names)}; the last checkpoint is kept"
 
 # %% ../nbs/core/07_pretraining.ipynb #d310
@@ -230,7 +230,7 @@ class LossTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         self.check_finite(self.steps)
-        super()._save_checkpoint(*args, **kwargs)
+        with writing(self.args.output_dir): super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs:dict, *args, **kwargs):
         if 'loss' in logs and self.steps:
@@ -363,8 +363,7 @@ def save_whole(folder:Path, # appears at once, or not at all
     folder = Path(folder); part = folder.with_name(folder.name + '.partial')
     if part.exists(): shutil.rmtree(part)
     part.mkdir(parents=True)
-    write(part)
-    seal(part)
+    with writing(part): write(part); seal(part)
     os.replace(part, folder)
     return folder
 

@@ -37,6 +37,7 @@ def start(work, *args):
     if pid := os.fork(): return pid
     os.setsid()
     for stream in 1, 2: os.dup2(os.open(Path(args[0]) / f"said-{stream}.txt" if Path(args[0]).is_dir() else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     status = 1
     try: work(*args); status = 0
     except (ValueError, OSError) as error: print(f"cmcgns: {error}", file=sys.stderr); status = 3

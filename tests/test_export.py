@@ -429,7 +429,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(out.parent.iterdir()) == []
     out.mkdir() # empty is as good as new
     assert export_run(run, out, ["torchvision"]) == out
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "check.safetensors", "export.json", "heads.safetensors", "torchvision_resnet18.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "check.safetensors", "export.json", "heads.safetensors", "sums.json", "torchvision_resnet18.safetensors"]
 
 
 def test_what_is_there_is_not_touched(tmp_path):

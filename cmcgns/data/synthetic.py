@@ -15,7 +15,7 @@ __all__ = ['FINDINGS', 'DEVICES', 'FOREIGN', 'VERSION', 'BLOCK', 'ANATOMY', 'EXP
            'draw_image', 'make_study', 'synthesize', 'read_synthetic']
 
 # %% ../../nbs/data/11_synthetic.ipynb #c002
-import logging, multiprocessing, os, shutil, tempfile, textwrap, threading
+import glob, logging, multiprocessing, os, platform, shutil, tempfile, textwrap, threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -781,7 +781,7 @@ def synthesize(n:int, # number of studies
     target = Path(folder)/f"synthetic-v{VERSION}-seed{seed}-{size}px-{n}{'-masks' if masks else ''}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part, chunks = Path(tempfile.mkdtemp(prefix=target.name, suffix='.partial', dir=folder)), [range(i, min(i + 20, n)) for i in range(0, n, 20)]
+        part, chunks = _start(target), [range(i, min(i + 20, n)) for i in range(0, n, 20)]
         try:
             for k in ('images', 'masks')[:1 + masks]: (part/k).mkdir()
             rows = chain.from_iterable(_draw_all(partial(_draw_files, part, seed, size, masks), chunks, workers or _workers(n, size)))
@@ -792,6 +792,15 @@ def synthesize(n:int, # number of studies
     return read_synthetic(target)
 
 # %% ../../nbs/data/11_synthetic.ipynb #c080
+def _start(target:Path)->Path:
+    "A folder to draw in, named after this process; what killed processes of this machine left of the same set is removed."
+    name = f'{target.name}.{platform.node()}.'
+    for old in target.parent.glob(f'{glob.escape(name)}*.partial') if os.name == 'posix' else ():
+        try: os.kill(int(old.name.removeprefix(name).split('.')[0]), 0)
+        except ProcessLookupError: shutil.rmtree(old, ignore_errors=True)
+        except (ValueError, PermissionError): pass # not ours, or somebody else's
+    return Path(tempfile.mkdtemp(prefix=f'{name}{os.getpid()}.', suffix='.partial', dir=target.parent))
+
 def _settle(part:Path, target:Path):
     "Give a finished folder its name, unless another process was faster."
     os.chmod(part, 0o755)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from ..files import one_line, seal
+from ..files import one_line, seal, writing
 
 # %% ../../nbs/reporting/41_runs.ipynb #c005
 @dataclass(frozen=True)
@@ -72,12 +72,13 @@ def run_once(root, # folder of all runs
         if not folder.exists():
             part, start = folder.with_name(folder.name + '.partial'), time.time()
             part.mkdir(exist_ok=True)
-            metrics = compute(part)
+            with writing(part): metrics = compute(part)
             while helps and not folder.exists(): time.sleep(.1)
             if helps: return Run(folder)
             files = dict(config=dict(task=task) | config, metrics=metrics, environment=environment() | dict(seconds=round(time.time()-start, 1)))
-            for name, content in files.items(): (part/f'{name}.json').write_text(json.dumps(content, indent=1, default=str))
-            seal(part)
+            with writing(part):
+                for name, content in files.items(): (part/f'{name}.json').write_text(json.dumps(content, indent=1, default=str))
+                seal(part)
             os.replace(part, folder)
     return Run(folder)
 
