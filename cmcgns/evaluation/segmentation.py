@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DICE', 'PROTOCOL', 'count_pixels', 'dice_each', 'weigh', 'ratio', 'dice_published', 'dice_all', 'dice_positives',
            'dice_pooled', 'baselines', 'describe_dice', 'focal_loss', 'log_dice', 'segmentation_loss', 'convolve',
-           'UNetDecoder', 'PUPDecoder', 'Segmenter', 'make_segmenter', 'look_for', 'has_truth', 'pack_masks',
-           'unpack_masks', 'count_packed', 'read_truth', 'predict_masks', 'segmentation_row', 'evaluate_segmentation',
-           'dice_table', 'compare_segmenters']
+           'convolve_doubled', 'UNetDecoder', 'PUPDecoder', 'Segmenter', 'make_segmenter', 'look_for', 'has_truth',
+           'pack_masks', 'unpack_masks', 'count_packed', 'read_truth', 'predict_masks', 'segmentation_row',
+           'evaluate_segmentation', 'dice_table', 'compare_segmenters']
 
 # %% ../../nbs/evaluation/22_segmentation.ipynb #c002
 import hashlib
@@ -130,12 +130,21 @@ def segmentation_loss(logits:Tensor, # (b, h, w)
     logits, truth = logits.float(), truth.to(logits.device, torch.float32)
     return weight * focal_loss(logits, truth, gamma) - log_dice(logits, truth, smooth)
 
-# %% ../../nbs/evaluation/22_segmentation.ipynb #c030
+# %% ../../nbs/evaluation/22_segmentation.ipynb #c029a
 def convolve(*widths:int, # channels before, between and after
 )->nn.Sequential:
     "3 × 3 convolutions, each with BatchNorm and ReLU."
     return nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())))
 
+def convolve_doubled(x:Tensor, # (b, c, h, w)
+                     weight:Tensor, # of a 3 × 3 convolution, (d, c, 3, 3)
+)->Tensor: # (b, d, 2·h, 2·w)
+    "What the convolution makes of a map of twice the size, without that map."
+    k = F.pad(weight, (1, 1, 1, 1))
+    for axis in 2, 3: k = k.narrow(axis, 1, 4) + k.narrow(axis, 0, 4) # (d, c, 4, 4)
+    return F.conv_transpose2d(x, k.flip(2, 3).transpose(0, 1), stride=2, padding=1)
+
+# %% ../../nbs/evaluation/22_segmentation.ipynb #c030
 class UNetDecoder(nn.Module):
     "Feature maps of all stages to logits. Raises `ValueError` for fewer widths than steps."
     def __init__(self, channels:Sequence[int], # of the maps, shallow to deep
@@ -155,8 +164,10 @@ class UNetDecoder(nn.Module):
         *skips, x = maps
         sizes = [m.shape[2:] for m in reversed(skips)] + [(ceil(self.size / 2),) * 2, (self.size,) * 2]
         for step, size, skip in zip(self.steps, sizes, [*reversed(skips), None, None]):
-            x = F.interpolate(x, tuple(size), mode='nearest')
-            x = step(x if skip is None else torch.cat([x, skip], 1)) # (b, c, *size)
+            if skip is None and tuple(size) == (2 * x.shape[2], 2 * x.shape[3]): x = step[1:](convolve_doubled(x, step[0].weight))
+            else:
+                x = F.interpolate(x, tuple(size), mode='nearest')
+                x = step(x if skip is None else torch.cat([x, skip], 1)) # (b, c, *size)
         return self.classify(x)[:, 0]
 
 # %% ../../nbs/evaluation/22_segmentation.ipynb #c035

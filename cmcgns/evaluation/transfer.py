@@ -32,6 +32,7 @@ from ..data.studies import Split, Study, draw_fraction, read_mask
 from ..encoders import ImageEncoder, expand_channels, quiet_transformers
 from .classification import check_labels, describe, hold_still, probe_loss, rows_of, score_key
 from ..image import centre_crop, image_shape, normalise, place
+from ..pretraining import native_precision
 
 # %% ../../nbs/evaluation/20a_transfer.ipynb #c005
 def clip_boxes(boxes:np.ndarray, # x0, y0, x1, y1, (k, 4)
@@ -127,9 +128,10 @@ class HeadSettings:
     max_grad_norm: float = 1. # gradients are clipped to this norm
     schedule: str = 'constant' # of the learning rates, or 'cosine', to zero over all epochs
     seed: int = 0 # where an evaluation does not give one
-    precision: str = 'fp32' # 'fp32', 'bf16' or 'fp16', in training
+    precision: str = 'fp32' # in training: 'fp32', 'bf16', 'fp16', or 'auto'
 
     def __post_init__(self):
+        if self.precision == 'auto': object.__setattr__(self, 'precision', native_precision())
         for name in ('lr', 'encoder_lr', 'batch_size', 'epochs', 'patience', 'max_grad_norm'):
             if not getattr(self, name) > 0: raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
         for name, known in dict(precision=('fp32', 'bf16', 'fp16'), schedule=('constant', 'cosine')).items():
@@ -256,7 +258,7 @@ def make_optimizer(model:EncoderHead, settings:HeadSettings)->torch.optim.AdamW:
     "AdamW with a learning rate for the head and one for the encoder."
     groups = [dict(params=[*model.head.parameters()], lr=settings.lr)]
     if model.encoder is not None: groups.append(dict(params=[*model.encoder.parameters()], lr=settings.encoder_lr))
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 def train_head(head:nn.Module, # fresh; made within `own_chance(seed)` if the result is to repeat itself
                encoder:ImageEncoder, # trained as a copy if `settings.finetune`, else not touched
@@ -272,7 +274,7 @@ def train_head(head:nn.Module, # fresh; made within `own_chance(seed)` if the re
     if not len(train_rows) or not len(val_rows): raise ValueError(f"{len(train_rows)} images to learn from and {len(val_rows)} to choose the epoch by: give at least one each")
     if settings.finetune != (data.features is None): raise ValueError("fine-tuning takes pixels and a frozen encoder takes features: give the data `features` exactly if finetune is off")
     if torch.cuda.device_count() > 1: raise ValueError("a head is trained on one GPU so far: set CUDA_VISIBLE_DEVICES=0")
-    model = EncoderHead(head, deepcopy(encoder).requires_grad_() if settings.finetune else None, look)
+    model = EncoderHead(head, deepcopy(encoder).requires_grad_() if settings.finetune else None, look).to(memory_format=torch.channels_last)
     with own_chance(seed), tempfile.TemporaryDirectory() as folder, quiet_transformers():
         trainer = HeadTrainer(model, head_arguments(settings, seed, folder), data.batch, [int(i) for i in train_rows], [int(i) for i in val_rows],
                               callbacks=[best], optimizers=(make_optimizer(model, settings), None))
@@ -308,7 +310,7 @@ class LinearHead(nn.Module):
         self.layer, self.exclusive = nn.Linear(width, targets), exclusive
 
     def forward(self, maps:tuple[Tensor], y:Tensor|None=None): # ((b, c),); (b, k) with NaN where unknown
-        scores = self.layer(maps[0]) # (b, k)
+        scores = self.layer(maps[0]).float() # (b, k)
         return scores if y is None else dict(loss=probe_loss(scores, y, self.exclusive))
 
 # %% ../../nbs/evaluation/20a_transfer.ipynb #c038
