@@ -265,9 +265,10 @@ class CMCGNS(CMCGNSParts):
                        word_ids:Tensor|None=None, # the word of each token, 0 for none, (b, t); each token is a word if not given
                        exists:Tensor|None=None, # which sentences there are, (b, m), bool; found from `sentence_ids` if not given
                        rows:Tensor|None=None, # where `exists` is true, counted through all reports, (N,)
+                       hidden:Tensor|None=None, # what the text encoder gives, (b, t, c), if somebody knows already
     )->ReportEmbedding:
         "Reports to the common space."
-        h = unit(self.token, self.text_encoder(input_ids, attention_mask)) # (b, t, d)
+        h = unit(self.token, self.text_encoder(input_ids, attention_mask) if hidden is None else hidden) # (b, t, d)
         f, exists = pool_tokens(h, sentence_ids, None if exists is None else exists.shape[1]) # (b, m, d), (b, m)
         local = None if self.report_local is None else unit(self.report_local, f) * exists[..., None]
         whole = None if self.report_whole is None else unit(self.report_whole, self.sentence_pool(f, exists))
@@ -280,13 +281,13 @@ class CMCGNS(CMCGNSParts):
         with alone(everything or not self.training): return self.objective.losses(image, report)
 
     def forward(self, pixel_values:Tensor, # (b, 1 or 3, s, s), in [-1, 1]
-                input_ids:Tensor, attention_mask:Tensor, sentence_ids:Tensor, word_ids:Tensor|None=None, exists:Tensor|None=None, rows:Tensor|None=None, # as for `encode_reports`
+                input_ids:Tensor, attention_mask:Tensor, sentence_ids:Tensor, word_ids:Tensor|None=None, exists:Tensor|None=None, rows:Tensor|None=None, hidden:Tensor|None=None, # as for `encode_reports`
                 return_loss:bool=True, # `transformers.Trainer` reads from this name that the model has a loss of its own
     )->CMCGNSOutput:
         "The loss of a batch of image-report pairs."
         if exists is None: exists, rows = find_sentences(sentence_ids), None
         image = in_parts(self, self.encode_images, self.at_once, pixel_values)
-        report = in_parts(self, self.encode_reports, self.at_once, input_ids, attention_mask, sentence_ids, word_ids, exists)
+        report = in_parts(self, self.encode_reports, self.at_once, input_ids, attention_mask, sentence_ids, word_ids, exists, None, hidden)
         losses = self.losses_of(image, report._replace(rows=rows))
         rebuilt = losses.pop('rebuilt', None)
         out = CMCGNSOutput(rebuilt=rebuilt)

@@ -7,7 +7,8 @@ __all__ = ['PRESETS', 'CHOICES', 'POSITIVE', 'COLLAPSED', 'Settings', 'native_pr
            'check_settings', 'Corpus', 'check_corpus', 'EpochSampler', 'Pairs', 'count_sentences', 'collate',
            'tell_fault', 'LossTrainer', 'PairTrainer', 'evaluate_batches', 'Bar', 'remove_checkpoint', 'KeepWhole',
            'last_checkpoint', 'BestSinceStart', 'mean_cosine', 'Collapse', 'save_whole', 'arguments', 'join_processes',
-           'train_stage', 'make_tokenizer', 'start_stage', 'save_stage', 'pretrain']
+           'TokenFeatures', 'write_features', 'read_reports_once', 'train_stage', 'make_tokenizer', 'start_stage',
+           'save_stage', 'pretrain']
 
 # %% ../nbs/core/07_pretraining.ipynb #c002
 import json
@@ -28,13 +29,14 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .alignment import full_precision
-from .encoders import ENCODERS, feature_grid, image_config, quiet_transformers
+from .encoders import ENCODERS, TextEncoder, feature_grid, freeze, image_config, quiet_transformers
 from .files import broken_seal, check_seal, seal, writing
 from .image import augment, centre_crop, normalise
 from .model import CMCGNS, Method, build_model, embed_at_once, load_model, next_stage, replace_fields
@@ -64,6 +66,7 @@ class Settings(Method):
     lr: float = 1e-5 # peak learning rate
     weight_decay: float = 1e-6 # of AdamW
     max_grad_norm: float = 1. # gradients are clipped to this norm
+    freeze_text: bool = False # the text encoder stays as it was loaded, and reads each report once
     precision: str = 'fp32' # 'fp32', 'bf16' or 'fp16'; `make_settings` also takes 'auto'
     keep: str = 'best' # what a stage ends with: the 'best' epoch by validation loss, or the 'last'
     seed: int = 42 # of weights, order, crops, dropout and masks
@@ -121,6 +124,7 @@ def check_settings(s:Settings):
         if getattr(s, name) not in known: raise ValueError(f"{name}={getattr(s, name)}: known are {', '.join(known)}")
     for name in POSITIVE:
         if not getattr(s, name) > 0: raise ValueError(f"{name}={getattr(s, name)}: expected more than 0")
+    if s.freeze_text and s.text_encoder in ENCODERS['text']: raise ValueError(f"freeze_text=True: text_encoder={s.text_encoder} starts from scratch and has to learn; name a folder or a hub id")
     if s.embed_at_once < 0: raise ValueError(f"embed_at_once={s.embed_at_once}: expected 0 for the whole batch, or a number of pairs")
     if s.image_size > s.store_size: raise ValueError(f"image_size={s.image_size}: a crop cannot be larger than the stored image, store_size={s.store_size}")
     if (s.rebuild_over, s.mask_by) == ('masked', 'channel'): raise ValueError("rebuild_over=masked needs mask_by=region: masked channels hide no region")
@@ -169,7 +173,7 @@ class EpochSampler(Sampler):
 class Pairs(Dataset):
     "Pairs by key; `batch` makes the model's input of several: one crop and one tokenisation for all."
     def __init__(self, corpus:Corpus, tokenizer:PreTrainedTokenizerBase, settings:Settings):
-        self.corpus, self.tokenizer, self.settings = corpus, tokenizer, settings
+        self.corpus, self.tokenizer, self.settings, self.features = corpus, tokenizer, settings, None
         self.goes_on = torch.tensor([t.startswith('##') for t in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]) # pieces that go on with a word
 
     def __len__(self)->int: return len(self.corpus.reports)
@@ -182,8 +186,13 @@ class Pairs(Dataset):
         images = torch.from_numpy(np.stack([self.corpus.images[i] for i in indices]))
         pixels = (augment(images, s.image_size, s.seed, keys[0][0], indices, jitter=s.jitter, zoom=s.zoom) if augmented
                   else normalise(centre_crop(images, s.image_size)))
-        reports = encode_reports(self.tokenizer, [self.corpus.reports[i] for i in indices], s.max_tokens)
+        reports = self.reports(indices)
         return dict(pixel_values=pixels, **reports, **count_sentences(reports['sentence_ids']), word_ids=number_words(reports['sentence_ids'], self.goes_on[reports['input_ids']]))
+
+    def reports(self, indices:Sequence[int])->dict[str, Tensor]:
+        "The tokens of reports; with their features, if a frozen encoder has read them."
+        reports = encode_reports(self.tokenizer, [self.corpus.reports[i] for i in indices], self.settings.max_tokens)
+        return reports if self.features is None else reports | dict(hidden=self.features.batch(indices))
 
 def count_sentences(sentence_ids:Tensor, # the sentence of each token, 0 for none, (b, t)
 )->dict[str, Tensor]: # `exists`, (b, m), bool; `rows`, where it is true, (N,)
@@ -390,6 +399,49 @@ def join_processes()->PartialState: # who goes first, who waits; of one process,
     "Meet the other processes, if there are any."
     return PartialState(cpu=not torch.cuda.is_available())
 
+# %% ../nbs/core/07_pretraining.ipynb #d502
+class TokenFeatures:
+    "What a frozen text encoder gave for each report, mapped into memory."
+    def __init__(self, folder:Path, # written by `write_features`
+    ):
+        self.starts = np.load(Path(folder)/'starts.npy') # of each report, and the end, (n+1,)
+        self.tokens = np.load(Path(folder)/'tokens.npy', mmap_mode='r') # of all reports, (tokens, c)
+
+    def batch(self, indices:Sequence[int])->Tensor: # (b, t, c), zero behind the end
+        return pad_sequence([torch.from_numpy(self.tokens[self.starts[i]:self.starts[i + 1]].copy()) for i in indices], batch_first=True)
+
+@torch.no_grad()
+def write_features(encoder:TextEncoder, # frozen
+                   pairs:Pairs, # whose reports it reads
+                   folder:Path, # is filled
+                   size:int=64, # reports at a time
+):
+    "Read every report once."
+    batches = [pairs.reports(range(i, min(i + size, len(pairs)))) for i in range(0, len(pairs), size)]
+    lengths = torch.cat([b['attention_mask'].sum(1) for b in batches]).numpy()
+    np.save(folder/'starts.npy', np.concatenate([[0], lengths.cumsum()]))
+    tokens = np.lib.format.open_memmap(folder/'tokens.npy', 'w+', np.float32, (int(lengths.sum()), encoder.width))
+    start, device = 0, next(encoder.parameters()).device
+    for b in tqdm(batches, desc='reports read', disable=None):
+        real = encoder(b['input_ids'].to(device), b['attention_mask'].to(device))[b['attention_mask'].to(device).bool()].float().cpu().numpy() # (n, c)
+        tokens[start:start + len(real)] = real
+        start += len(real)
+    tokens.flush()
+
+# %% ../nbs/core/07_pretraining.ipynb #d503
+def read_reports_once(model:CMCGNS, # its text encoder is frozen
+                      folder:Path, # of the stage
+                      **parts, # `Pairs` by name
+):
+    "Let a frozen text encoder read all reports, unless it has; batches then bring what it said."
+    freeze(model.text_encoder)
+    if torch.cuda.is_available(): model.text_encoder.cuda()
+    for name, pairs in parts.items():
+        place = Path(folder)/f'features-{name}'
+        with join_processes().main_process_first():
+            if not place.exists(): save_whole(place, partial(write_features, model.text_encoder, pairs))
+        pairs.features = TokenFeatures(place)
+
 # %% ../nbs/core/07_pretraining.ipynb #c037
 def train_stage(model:CMCGNS, # where to start
                 train:Pairs, validation:Pairs, # what to learn from, and what chooses the best epoch
@@ -407,6 +459,7 @@ def train_stage(model:CMCGNS, # where to start
     model.image_encoder.to(memory_format=torch.channels_last) # convolutions are faster so
     trainer = PairTrainer(model, arguments(settings, epochs, folder, len(train)//settings.batch_size), collate, train, validation,
                           callbacks=[Bar(title), KeepWhole(), BestSinceStart(), Collapse(), *callbacks])
+    if settings.freeze_text: read_reports_once(model, folder, train=train, validation=validation)
     for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
     with processes.main_process_first(): start = last_checkpoint(folder)
     with quiet_transformers(), warnings.catch_warnings():
@@ -445,6 +498,7 @@ def save_stage(place:Path, # of the stage
     def write(part): model.save_pretrained(part); (part/'log.json').write_text(json.dumps(log))
     with quiet_transformers(): save_whole(place/'model', write)
     for c in place.glob('checkpoint-*'): remove_checkpoint(c)
+    for c in place.glob('features-*'): shutil.rmtree(c)
 
 # %% ../nbs/core/07_pretraining.ipynb #c041
 def pretrain(settings:Settings, # what to do

@@ -4,14 +4,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
-from cmcgns.pretraining import Corpus, Pairs, last_checkpoint, make_settings, pretrain, start_stage
-from cmcgns.text import load_tokenizer
+from cmcgns.encoders import TextEncoder
+from cmcgns.pretraining import Corpus, Pairs, last_checkpoint, make_settings, pretrain, start_stage, train_stage
+from cmcgns.text import load_tokenizer, train_tokenizer
 
 TRAIN = """
 import sys
@@ -98,3 +101,39 @@ def test_more_clusters_than_sentences_trains_on(tmp_path):
     settings = make_settings("tiny", stage1_epochs=1, stage2_epochs=0, clusters=100_000)
     model, _ = pretrain(settings, corpus(32), corpus(8, 1), tmp_path)
     assert not model.contrast.sampler.started
+
+
+def local_bert(folder, reports):
+    tokenizer = train_tokenizer([s for r in reports for s in r], 300)
+    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64),
+              add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_frozen_text_encoder_reads_once_and_stays(tmp_path, monkeypatch):
+    pairs = corpus(32)
+    bert = local_bert(tmp_path / "bert", pairs.reports)
+    settings = make_settings("tiny", text_encoder=bert, freeze_text=True, stage1_epochs=2, stage2_epochs=1, lr=1e-2)
+    asked, forward = [], TextEncoder.forward
+    monkeypatch.setattr(TextEncoder, "forward", lambda self, ids, mask: (asked.append(len(ids)), forward(self, ids, mask))[1])
+    model, logs = pretrain(settings, pairs, corpus(8, 1), tmp_path / "run")
+    assert sum(asked) == 2 * (32 + 8)  # once a stage
+    as_loaded = load_file(tmp_path / "bert" / "model.safetensors")
+    assert all(torch.equal(v, as_loaded[k]) for k, v in model.text_encoder.backbone.state_dict().items())
+    assert logs["stage1"][-2]["eval_loss"] < 10 and not list((tmp_path / "run").glob("*/features-*"))
+
+
+def test_a_batch_embedded_in_parts_trains_like_a_whole_one(tmp_path):
+    settings = make_settings("tiny", image_encoder="vit-tiny", batch_size=16, stage1_epochs=2, stage2_epochs=0, predictor_norm=False, cluster="none")
+    losses = []
+    for n in 0, 5:
+        model = start_stage(1, settings, 300)
+        for m in model.modules():
+            if isinstance(m, torch.nn.Dropout): m.p = 0.
+        tokenizer = train_tokenizer([s for r in corpus(48).reports for s in r], 300)
+        train, validation = (Pairs(c, tokenizer, settings) for c in (corpus(48), corpus(16, 1)))
+        _, log = train_stage(model, train, validation, replace(settings, embed_at_once=n), 2, tmp_path / str(n), "")
+        losses.append([row["loss"] for row in log if "loss" in row] + [row["eval_loss"] for row in log if "eval_loss" in row])
+    assert len(losses[0]) == 8 and losses[0][0] != losses[0][5]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
