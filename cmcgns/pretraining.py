@@ -341,9 +341,9 @@ def mean_cosine(total:Tensor, # sum of unit vectors, (d,)
 
 # %% ../nbs/core/07_pretraining.ipynb #c033d
 class Collapse(TrainerCallback):
-    "Say it on stderr, and in the log, when all embeddings of the validation pairs are alike, or all sentences of an epoch fell into one cluster."
+    "Say it on stderr, and in the log, when all embeddings of the validation pairs are alike, or all sentences of an epoch fell into one cluster; on stderr only when that begins and ends."
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.sums, self.counts = {}, self.clusters(model)
+        self.sums, self.counts, self.said = {}, self.clusters(model), {}
         layers = dict(images=getattr(model, 'image_whole', None), reports=getattr(model, 'report_whole', None))
         self.hooks = [layer.register_forward_hook(partial(self.add, name)) for name, layer in layers.items() if layer is not None]
     def on_train_end(self, args, state, control, **kwargs):
@@ -358,11 +358,13 @@ class Collapse(TrainerCallback):
         self.sums[name] = total + F.normalize(output.detach().float(), dim=-1).sum(0), n + len(output)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        said = {f'all {name} are alike (mean cosine {c:.4f})' for name, (total, n) in self.sums.items() if (c := mean_cosine(total, n)) > COLLAPSED}
+        said = {name: f'all {name} are alike (mean cosine {c:.4f})' for name, (total, n) in self.sums.items() if (c := mean_cosine(total, n)) > COLLAPSED}
         before, self.counts, self.sums = self.counts, self.clusters(model), {}
-        if before is not None and (new := self.counts - before).sum() and new.max() / new.sum() > COLLAPSED: said.add(f'{new.max()} of {new.sum()} sentences fell into one cluster')
-        if said: print(f"collapse after epoch {state.epoch:g}: {'; '.join(sorted(said))}", file=sys.stderr)
-        if said and state.log_history: state.log_history[-1]['collapse'] = sorted(said)
+        if before is not None and (new := self.counts - before).sum() and new.max() / new.sum() > COLLAPSED: said['clusters'] = f'{new.max()} of {new.sum()} sentences fell into one cluster'
+        if said.keys() - self.said.keys(): print(f"collapse after epoch {state.epoch:g}: {'; '.join(sorted(said.values()))}", file=sys.stderr)
+        elif self.said and not said: print(f"no collapse any more after epoch {state.epoch:g}", file=sys.stderr)
+        if said and state.log_history: state.log_history[-1]['collapse'] = sorted(said.values())
+        self.said = said
 
 # %% ../nbs/core/07_pretraining.ipynb #c034
 def save_whole(folder:Path, # appears at once, or not at all
