@@ -40,6 +40,11 @@ def test_readme_is_in_step():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), "run `make export`"
 
 
+def test_readme_names_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [str(p.relative_to(ROOT)) for p in PAGES if p.stem != "index" and f"({p.relative_to(ROOT).as_posix()})" not in text] == []
+
+
 def test_readme_has_its_results():
     assert "\nRESULTS\n" not in (ROOT / "README.md").read_text(encoding="utf-8")
 
