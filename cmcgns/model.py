@@ -24,6 +24,7 @@ from .alignment import CrossAttention, Predictor, global_contrast, simsiam_loss
 from .clustering import NegativeSampler, ReportContrast
 from .encoders import ENCODERS, ImageEncoder, SentencePool, TextEncoder, image_config, in_parts, load_pretrained, quiet_transformers, text_config
 from .files import check_seal, one_line
+from .image import check_input
 from .objectives import READABLE, ImageEmbedding, Objective, ReportEmbedding, gather_pairs, make_objective, number_words
 from .processes import alone, several_processes
 from .reconstruction import Reconstruction, reconstruction_loss
@@ -255,7 +256,8 @@ class CMCGNS(CMCGNSParts):
     "Cross-Modal Clustering-Guided Negative Sampling, as one model (arXiv:2506.11674); or another objective on the same encoders."
     def encode_images(self, pixel_values:Tensor, # (b, 1 or 3, s, s), in [-1, 1]
     )->ImageEmbedding:
-        "Images to the common space."
+        "Images to the common space. Raises `ValueError` in evaluation for pixel values outside of [-1, 1], or that look like [0, 1]."
+        if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()): check_input(pixel_values)
         x = self.image_encoder(pixel_values)
         return ImageEmbedding(unit(self.image_whole, x.pooled), unit(self.image_local, x.local), x.pooled, pixel_values[:, :1])
 
