@@ -111,6 +111,8 @@ def test_evaluate_and_export_a_run(reproduced, tmp_path):
     listed = cmcgns("runs", cwd=folder)
     assert all(name in listed.stdout for name in finished(folder))
     probed = cmcgns("evaluate", job.name, cwd=folder)
+    held = cmcgns("verify", job.name, cwd=folder)
+    assert held.returncode == 0 and f"{job.name}: holds" in held.stdout, held.stdout + held.stderr
     assert probed.returncode == 0 and "AUROC" in probed.stdout and "| 29 |" in probed.stdout, "the test part of the run's own problem"
     refused(cmcgns("evaluate", job.name, "--preset", "laptop", cwd=folder), "a run has its settings")
     refused(cmcgns("evaluate", job.name, "--data-root", tmp_path, cwd=folder), "none of covid_cxr")

@@ -7,9 +7,11 @@ __all__ = ['STRENGTHS', 'SOLVERS', 'hold_still', 'module_of', 'check_features', 
            'accuracy', 'draw_weights', 'draw_values', 'spread', 'bootstrap_interval', 'bootstrap_difference', 'Probe',
            'probe_loss', 'rotate', 'walk_strengths', 'solve', 'fit_lbfgs', 'fit_adamw', 'probe_gradient', 'adamw_step',
            'lay_batches', 'first_layers', 'BestLayers', 'fit_together', 'check_labels', 'check_solver', 'fit_probe',
-           'fit_probes', 'score_key', 'rows_of', 'describe', 'evaluate_fractions', 'compare_encoders']
+           'fit_probes', 'tell_test_labels', 'score_key', 'rows_of', 'describe', 'evaluate_fractions',
+           'compare_encoders']
 
 # %% ../../nbs/evaluation/20_classification.ipynb #c002
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -424,6 +426,14 @@ def fit_probes(features:np.ndarray, # of all studies, (n, c)
     return fit_together(features, labels, draws, seeds, features[val], labels[val], exclusive)
 
 # %% ../../nbs/evaluation/20_classification.ipynb #c065
+def tell_test_labels(y:np.ndarray, # of the test studies: 1, 0 or NaN, (n, k)
+                      targets:Sequence[str], # names of the k columns
+):
+    "Say on stderr which findings cannot be measured, because their test labels are all one class."
+    known = {t: column[~np.isnan(column)] for t, column in zip(targets, y.T)}
+    lone = [f"{t} ({len(v)} known, {int(v.sum())} of them 1)" for t, v in known.items() if len(np.unique(v)) < 2]
+    if lone: print(f"the test labels are of one class and give no AUROC: {', '.join(lone)}", file=sys.stderr)
+
 def score_key(fraction:float, seed:int)->str:
     "Under which name the test scores of a draw are kept."
     return f'fraction {fraction:g} seed {seed}'
@@ -464,6 +474,7 @@ def evaluate_fractions(features:np.ndarray, # of all studies, (n, c)
     part, at, rows, fitted = rows_of(studies, split), {s.id: i for i, s in enumerate(studies)}, [], {}
     test = [studies[i] for i in part['test']]
     kept = dict(ids=np.array([s.id for s in test]), patients=np.array([s.patient for s in test]), y=labels[part['test']])
+    tell_test_labels(kept['y'], targets)
     draws = {(f, s): draw_fraction([studies[i] for i in part['train']], f, s, targets) for f in fractions for s in seeds}
     keys = {(f, s): (d.hash, s if solver == 'adamw' else None) for (f, s), d in draws.items()} # equal for equal probes
     distinct = {key: cell for cell, key in reversed(keys.items())}
