@@ -104,7 +104,10 @@ def measure(make:Callable[..., Callable[[], object]], # builds a step from `kwar
 
 def measure_apart(*args, **kwargs)->dict:
     "`measure` in a process of its own. Raises what it raises."
-    with multiprocessing.get_context('spawn').Pool(1) as pool: return pool.apply(measure, args, kwargs)
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        row = pool.apply(measure, args, kwargs)
+        pool.close(); pool.join() # it ends by itself, and tidies up
+    return row
 
 # %% ../../nbs/reporting/44_bench.ipynb #c015
 class Head(nn.Module):
