@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'CHOICES', 'POSITIVE', 'COLLAPSED', 'Settings', 'native_precision', 'make_settings', 'parse_changes',
            'check_settings', 'Corpus', 'check_corpus', 'EpochSampler', 'Pairs', 'count_sentences', 'collate',
            'tell_fault', 'LossTrainer', 'PairTrainer', 'evaluate_batches', 'Bar', 'remove_checkpoint', 'KeepWhole',
-           'last_checkpoint', 'BestSinceStart', 'mean_cosine', 'Collapse', 'save_whole', 'arguments', 'join_processes',
-           'TokenFeatures', 'write_features', 'read_reports_once', 'train_stage', 'make_tokenizer', 'start_stage',
-           'save_stage', 'pretrain']
+           'last_checkpoint', 'BestSinceStart', 'mean_cosine', 'Collapse', 'save_whole', 'spare_cores',
+           'compile_encoders', 'arguments', 'join_processes', 'TokenFeatures', 'write_features', 'read_reports_once',
+           'train_stage', 'make_tokenizer', 'start_stage', 'save_stage', 'pretrain']
 
 # %% ../nbs/core/07_pretraining.ipynb #c002
 import json
@@ -67,6 +67,7 @@ class Settings(Method):
     weight_decay: float = 1e-6 # of AdamW
     max_grad_norm: float = 1. # gradients are clipped to this norm
     freeze_text: bool = False # the text encoder stays as it was loaded, and reads each report once
+    compile: bool = False # both encoders through torch.compile: a minute or more at the start, faster steps
     precision: str = 'fp32' # 'fp32', 'bf16' or 'fp16'; `make_settings` also takes 'auto'
     keep: str = 'best' # what a stage ends with: the 'best' epoch by validation loss, or the 'last'
     seed: int = 42 # of weights, order, crops, dropout and masks
@@ -378,6 +379,18 @@ def save_whole(folder:Path, # appears at once, or not at all
     os.replace(part, folder)
     return folder
 
+# %% ../nbs/core/07_pretraining.ipynb #d601
+def spare_cores()->int:
+    "How many processes make batches ahead: none on a CPU, which has nothing to spare; they do not change a batch, which depends on its keys alone."
+    return min(8, (os.cpu_count() or 1) // 2 // n_processes()) if torch.cuda.is_available() else 0
+
+def compile_encoders(model:CMCGNS, backend:str='inductor', # of torch.compile
+)->CMCGNS: # the same model, its weights under the same names
+    "Let `torch.compile` translate both encoders when they are first called; reports may be of any length."
+    model.image_encoder.compile(backend=backend)
+    model.text_encoder.compile(backend=backend, dynamic=True)
+    return model
+
 # %% ../nbs/core/07_pretraining.ipynb #c036
 def arguments(settings:Settings, # of the run
               epochs:int, # of this stage
@@ -394,7 +407,7 @@ def arguments(settings:Settings, # of the run
         load_best_model_at_end=s.keep == 'best', metric_for_best_model='eval_loss', greater_is_better=False, logging_steps=max(1, steps//5),
         logging_nan_inf_filter=False, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
         prediction_loss_only=True, remove_unused_columns=False, report_to='none', disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available())
+        dataloader_num_workers=spare_cores(), dataloader_persistent_workers=spare_cores() > 0, dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available())
 
 # %% ../nbs/core/07_pretraining.ipynb #d303
 def join_processes()->PartialState: # who goes first, who waits; of one process, if nobody started more
@@ -459,6 +472,7 @@ def train_stage(model:CMCGNS, # where to start
     settings = replace_fields(settings, batch_size=min(settings.batch_size, len(train) // n * n))
     embed_at_once(share_norms(model), settings.embed_at_once)
     model.image_encoder.to(memory_format=torch.channels_last) # convolutions are faster so
+    if settings.compile: compile_encoders(model)
     trainer = PairTrainer(model, arguments(settings, epochs, folder, len(train)//settings.batch_size), collate, train, validation,
                           callbacks=[Bar(title), KeepWhole(), BestSinceStart(), Collapse(), *callbacks])
     if settings.freeze_text: read_reports_once(model, folder, train=train, validation=validation)

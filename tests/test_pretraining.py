@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel
 
 from cmcgns.encoders import TextEncoder
-from cmcgns.pretraining import Corpus, Pairs, last_checkpoint, make_settings, pretrain, start_stage, train_stage
+from cmcgns.pretraining import Corpus, Pairs, collate, compile_encoders, last_checkpoint, make_settings, pretrain, start_stage, train_stage
 from cmcgns.text import load_tokenizer, train_tokenizer
 
 TRAIN = """
@@ -137,3 +138,26 @@ def test_a_batch_embedded_in_parts_trains_like_a_whole_one(tmp_path):
         losses.append([row["loss"] for row in log if "loss" in row] + [row["eval_loss"] for row in log if "eval_loss" in row])
     assert len(losses[0]) == 8 and losses[0][0] != losses[0][5]
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_a_batch_is_the_same_from_a_worker():
+    settings, pairs = make_settings("tiny", zoom=.2, jitter=.2), corpus(16)
+    pairs = Pairs(pairs, train_tokenizer([s for r in pairs.reports for s in r], 300), settings)
+    keys = [[(3, i) for i in range(k, k + 4)] for k in (0, 4)]
+    for ahead, batch in zip(DataLoader(pairs, batch_sampler=keys, collate_fn=collate, num_workers=2), keys):
+        here = collate([pairs[k] for k in batch])
+        assert ahead.keys() == here.keys() and all(torch.equal(ahead[k], here[k]) for k in here)
+
+
+def test_compiled_encoders_give_the_same_loss_for_reports_of_any_length():
+    pairs = corpus(16)
+    tokenizer = train_tokenizer([s for r in pairs.reports for s in r], 300)
+    settings = make_settings("tiny", image_encoder="vit-tiny")
+    plain, compiled = (start_stage(1, settings, len(tokenizer)).eval() for _ in range(2))
+    compile_encoders(compiled, backend="eager") # translated, not made faster: that takes a minute
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for batch in (range(4), range(4, 8)):
+        losses = [m(**Pairs(pairs, tokenizer, settings).batch(list(batch))).loss for m in (plain, compiled)]
+        torch.testing.assert_close(*losses)
+        losses[1].backward()
+    assert all(p.grad is not None for p in compiled.parameters())
