@@ -92,7 +92,7 @@ def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-
     "Ask an encoder: by default, linear classification with 1, 10 and 100 % of the labels, three label seeds."
     from cmcgns.reporting.experiments import Question, evaluate_run, problem_of, settings_of
     from cmcgns.reporting.runs import find_run
-    from cmcgns.reporting.tables import markdown, result_rows
+    from cmcgns.reporting.tables import markdown, picture_run, result_rows
     question = Question(task, tuple(targets), numbers(fractions, float), numbers(seeds, int), solver, finetune, epochs)
     if run == 'random': pretrained, (problem, settings) = None, prepare(preset or 'laptop', data_root, changes, seed, cache, False, dataset, split)
     elif preset or changes or seed is not None: raise ValueError("a run has its settings: --preset, --set and --seed are for 'random'")
@@ -102,6 +102,9 @@ def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-
         say(problem)
     done = evaluate_run(problem, settings, pretrained, runs, question)
     typer.echo(f"{markdown(result_rows(done))}\n{done.folder}")
+    if task in ('detection', 'segmentation'):
+        from cmcgns.reporting.plots import save_figure
+        typer.echo(f"films, from the worst to the best: {save_figure(picture_run(done, problem), done.folder/'films.png')}", err=True)
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c013
 @app.command('reproduce')

@@ -4,14 +4,20 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'markdown', 'save_csv', 'by_fraction', 'summarise', 'spell', 'beside', 'dig', 'probe_rows', 'interval_of',
-           'result_rows', 'difference_rows', 'comparison_rows']
+           'result_rows', 'difference_rows', 'comparison_rows', 'spread_out', 'best_guesses', 'mean_overlap',
+           'films_of', 'picture_run']
 
 # %% ../../nbs/reporting/42_tables.ipynb #c002
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..evaluation.classification import compare_encoders
+from ..evaluation.classification import compare_encoders, score_key
+from ..evaluation.detection import Boxes, unpack
+from ..evaluation.segmentation import dice_each, unpack_masks
+from ..image import centre_crop
+from .plots import Picture, plot_boxes, plot_masks
+from .problems import Problem
 from .runs import Run
 
 # %% ../../nbs/reporting/42_tables.ipynb #c004
@@ -94,3 +100,53 @@ def comparison_rows(random:Run, pretrained:Run)->list[dict]: # a row a fraction
     name = list(first[0])[-1]
     return [{k: v for k, v in r.items() if k not in ('encoder', name)} | {f"{r['encoder']} {name}": r[name], f"{p['encoder']} {name}": p[name],
              'difference [95 %]': f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"} for r, p, d in zip(first, second, differences)]
+
+# %% ../../nbs/reporting/42_tables.ipynb #f001
+def spread_out(values:np.ndarray, # how good each answer is, (n,); NaN where there was nothing to find
+               n:int, # how many are wanted
+)->np.ndarray: # positions, the worst first
+    "Answers at equal distances by rank."
+    order = np.argsort(values, kind='stable')[:(~np.isnan(values)).sum()]
+    return order[np.unique(np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int))]
+
+# %% ../../nbs/reporting/42_tables.ipynb #f004
+def best_guesses(true:Boxes, found:Boxes)->Boxes:
+    "The detections with the highest scores, as many as there are true boxes, and one at least."
+    first = np.argsort(-found.scores, kind='stable')[:max(1, len(true.labels))]
+    return Boxes(*(v[first] for v in found))
+
+def mean_overlap(true:Boxes, found:Boxes)->float: # NaN without a true box
+    "How well the true boxes are covered: mean IoU with the best detection of their class."
+    low, high = np.maximum(true.boxes[:, None, :2], found.boxes[:, :2]), np.minimum(true.boxes[:, None, 2:], found.boxes[:, 2:])
+    both, (a, b) = (high - low).clip(0).prod(-1), ((x.boxes[:, 2:] - x.boxes[:, :2]).prod(-1) for x in (true, found))
+    overlap = np.where(true.labels[:, None] == found.labels, both / np.maximum(a[:, None] + b - both, 1e-9), 0) # (k, m)
+    return float(overlap.max(1, initial=0).mean()) if len(overlap) else np.nan
+
+# %% ../../nbs/reporting/42_tables.ipynb #f007
+def films_of(run:Run, problem:Problem, ids:Sequence[str])->np.ndarray: # uint8, (n, s, s)
+    "What the encoder saw. Raises `ValueError` for a study that the problem does not have."
+    at = {s.id: i for i, s in enumerate(problem.studies)}
+    if missing := [i for i in ids if i not in at]: raise ValueError(f"{problem.name} has no study {missing[0]!r}, on which {run.folder.name} was tested")
+    return centre_crop(np.stack([problem.images[at[i]] for i in ids]), run.metrics['settings']['image_size'])
+
+def picture_run(run:Run, # of detection or segmentation
+                problem:Problem, # it was asked on
+                n:int=8, # films
+)->Picture: # of the first seed with the most labels
+    "Test films with what is true and what was found, from the worst to the best. Raises `ValueError` for another task."
+    metrics, kept = run.metrics, dict(np.load(run.folder/'scores.npz'))
+    if metrics['task'] not in ('detection', 'segmentation'): raise ValueError(f"{run.folder.name}: there are pictures of detection and segmentation, not of {metrics['task']}")
+    row = max(metrics['rows'], key=lambda r: (r['fraction'], -r['seed']))
+    key, boxes = score_key(row['fraction'], row['seed']), metrics['task'] == 'detection'
+    if boxes:
+        truth = unpack(kept)
+        found = [best_guesses(t, f) for t, f in zip(truth, unpack(kept, key))]
+        values = np.array([mean_overlap(t, f) for t, f in zip(truth, found)])
+    else: values = np.where(kept[f'{key} counts'][:, 2] > 0, dice_each(kept[f'{key} counts']), np.nan)
+    rows, positive = spread_out(values, n), (~np.isnan(values)).sum()
+    if not len(rows): raise ValueError(f"{run.folder.name}: no test film shows anything")
+    films, titles = films_of(run, problem, kept['ids'][rows]), [f"{'IoU' if boxes else 'Dice'} {values[i]:.2f}" for i in rows]
+    said = f"{', '.join(metrics['question']['targets'])}: {metrics['encoder']} encoder{', then fine-tuned' if metrics['question']['finetune'] else ''}, {100 * row['fraction']:g} % of the labels; {len(rows)} of {positive} test films that show it, from the worst to the best"
+    if boxes: return plot_boxes(films, [truth[i] for i in rows], [found[i] for i in rows], kept['classes'].tolist(), problem.name, titles, said)
+    size = int(kept['size'])
+    return plot_masks(films, *(unpack_masks(kept[k][rows], size) for k in ('truth', f'{key} masks')), problem.name, titles, said)
