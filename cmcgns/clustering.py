@@ -273,7 +273,7 @@ def hard_columns(similar:Tensor, # of some rows with the centroids, already divi
     return torch.cat([logit, (counts.sum() - 1).log().expand_as(logit)], 1)
 
 # %% ../nbs/core/04_clustering.ipynb #d105
-TABLE = 2**22 # cosines held at once: 16 MB in fp32, a few times over
+TABLE = 2**21 # cosines held at once: 8 MB in fp32, about ten times over with what the gradient needs
 
 def sum_by_rows(terms, # sums over the rows it is given
                 rows:list[Tensor|None], # of all rows; split alike
