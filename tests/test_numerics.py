@@ -15,7 +15,7 @@ from cmcgns.objectives import OBJECTIVES
 from cmcgns.text import encode_reports, train_tokenizer
 
 WORDS = "heart lung opacity effusion normal left right small large clear".split()
-FLOAT32 = dict(loss=2e-5, gradient=2e-3) # relative to the loss, and to a parameter's largest gradient
+FLOAT32 = dict(loss=2e-5, gradient=5e-3) # relative to the loss, and to a parameter's largest gradient
 BFLOAT16 = dict(loss=.05, gradient=.35)
 
 
