@@ -40,6 +40,7 @@ html_static_path.append(str(Path(find_spec("sphinx-mathjax-offline").origin).par
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}
 
+autodoc_inherit_docstrings = False  # what torch says of its own methods is not ours to show
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
