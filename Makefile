@@ -62,7 +62,7 @@ docs: $(DOCS)
 	OMP_NUM_THREADS=1 $(BIN)/python docs/build.py _docs
 
 lab: $(READY)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 clean:
 	rm -rf $(VENV) runs results cache build dist _docs *.egg-info

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'PARTIAL', 'OWN_PARTS', 'HEADS', 'LABELLED', 'TASKS', 'EPOCHS', 'corpus_of', 'pretrain_config',
-           'pretrain_run', 'settings_of', 'load_run', 'untrained', 'Question', 'settle', 'head_settings', 'classify',
-           'detect', 'segment', 'retrieve', 'ask_in_words', 'ground', 'audit', 'ask', 'evaluation_config',
-           'evaluate_run', 'problem_of', 'settings_for', 'end_to_end']
+           'pretrain_run', 'settings_of', 'load_run', 'untrained', 'model_to_ask', 'Question', 'settle',
+           'head_settings', 'classify', 'detect', 'segment', 'retrieve', 'ask_in_words', 'ground', 'audit', 'ask',
+           'evaluation_config', 'evaluate_run', 'problem_of', 'settings_for', 'end_to_end']
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c002
 import sys
@@ -80,6 +80,17 @@ def untrained(problem:Problem, # whose training reports give the vocabulary
     tokenizer = make_tokenizer(settings, reports) if reports else None
     model = start_stage(1, settings, len(tokenizer) if tokenizer else settings.vocab_size).eval()
     return model, tokenizer and (lambda said: encode_reports(tokenizer, said, settings.max_tokens))
+
+# %% ../../nbs/reporting/41b_experiments.ipynb #c0a1
+def model_to_ask(problem:Problem, # what it will be asked about
+                 settings:Settings, # of its pre-training
+                 pretrained:Run|None, # its weights, or None for those it would start from
+)->tuple[CMCGNS, Callable|None]: # as `load_run`
+    "The model of an evaluation, laid out so that convolutions are fast; the layout decides the last bits of a feature, so every evaluation uses this one."
+    model, tokenize = load_run(pretrained) if pretrained else untrained(problem, settings)
+    model.image_encoder.to(memory_format=torch.channels_last)
+    return model, tokenize
+
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c012
 ASKED = dict(
@@ -175,10 +186,9 @@ def evaluate_run(problem:Problem, # what to evaluate on
     q, problem = ask(question or Question(), problem)
     task, config = evaluation_config(problem, settings, pretrained and pretrained.folder.name, q)
     def compute(folder):
-        model, tokenize = load_run(pretrained) if pretrained else untrained(problem, settings)
+        model, tokenize = model_to_ask(problem, settings, pretrained)
         if settings.objective not in OWN_PARTS.get(task, (settings.objective,)): raise ValueError(f"{task} asks about a part that only {', '.join(OWN_PARTS[task])} has; this model was trained with {settings.objective}")
         if tokenize is None and task not in LABELLED: raise ValueError(f"{problem.name} has no reports to make a vocabulary of: {task} needs a pre-trained model")
-        model.image_encoder.to(memory_format=torch.channels_last) # convolutions are faster so
         rows, kept = TASKS[task](problem, model, tokenize, settings, q, folder/'cells')
         np.savez_compressed(folder/'scores.npz', **kept)
         return dict(encoder='pre-trained' if pretrained else config['encoder'], task=task, rows=rows, n=problem.split.counts(),
