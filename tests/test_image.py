@@ -387,12 +387,13 @@ def test_a_file_that_comes_back_is_seen(tmp_path):
 # several processes, killed processes
 
 BUILD = """
-import sys, time
+import signal, sys, time
 from functools import partial
 from pathlib import Path
 from cmcgns import image
 
 folder, cache, size, gate, log = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler) # which a shell's background jobs ignore
 decode = image.decode_square
 def slowly(path, size):
     while int(Path(path).stem) >= 70 and gate and not Path(gate).exists(): time.sleep(.01)
