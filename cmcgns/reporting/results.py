@@ -40,10 +40,12 @@ def rows_of_runs(runs:Sequence[Run])->list[dict]: # each with its fold
 # %% ../../nbs/reporting/49_results.ipynb #c111
 def over_folds(folds:Sequence[tuple[float, float, float]], # value, low and high end of each fold
 )->tuple[float, float, float]: # of their mean
-    "The mean of independent folds and its interval."
-    v, low, high = np.array(folds, float).T
-    wide = lambda h: float(np.sqrt(np.nansum(h**2)) / len(v))
-    return float(np.nanmean(v)), *((np.nan, np.nan) if np.isnan(low).all() else (float(np.nanmean(v)) - wide(v - low), float(np.nanmean(v)) + wide(high - v)))
+    "The mean of independent folds and its interval; a fold without a value, as one whose test part has one class, counts for nothing."
+    there = [f for f in folds if not np.isnan(f[0])]
+    if not there: return np.nan, np.nan, np.nan
+    v, low, high = np.array(there, float).T
+    wide = lambda h: float(np.sqrt((h**2).sum()) / len(v))
+    return float(v.mean()), float(v.mean()) - wide(v - low), float(v.mean()) + wide(high - v)
 
 def cell(rows:Sequence[Mapping])->str: # mean ± std [low, high]
     "Rows of one arm, question and fraction, over folds, seeds and draws."
@@ -96,7 +98,7 @@ def paired(mine:Sequence[Run], theirs:Sequence[Run], fraction:float)->tuple[floa
     return bootstrap_difference(metric, a[0]['y'], [x[k] for x in a for k in keys], [x[k] for x in b for k in keys], a[0]['patients'], 1000)
 
 def signed(d:float, low:float, high:float)->str: # a star where the interval leaves zero out
-    return f'{d:+.3f} [{low:+.3f}, {high:+.3f}]' + ('' if low <= 0 <= high else ' *')
+    return f'{d:+.3f} [{low:+.3f}, {high:+.3f}]' + (' *' if low > 0 or high < 0 else '')
 
 def difference_row(arm, base, mine:Sequence[Run], theirs:Sequence[Run], name:str)->dict: # a column a fraction
     "An arm minus another, on the same test films under the same seeds."
