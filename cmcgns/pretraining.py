@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'CHOICES', 'POSITIVE', 'COLLAPSED', 'Settings', 'native_pr
            'tell_fault', 'LossTrainer', 'PairTrainer', 'evaluate_batches', 'Bar', 'remove_checkpoint', 'KeepWhole',
            'last_checkpoint', 'BestSinceStart', 'mean_cosine', 'Collapse', 'save_whole', 'spare_cores',
            'compile_encoders', 'arguments', 'join_processes', 'TokenFeatures', 'write_features', 'read_reports_once',
-           'train_stage', 'make_tokenizer', 'start_stage', 'save_stage', 'pretrain']
+           'train_stage', 'make_tokenizer', 'start_stage', 'save_stage', 'first_stage', 'pretrain']
 
 # %% ../nbs/core/07_pretraining.ipynb #c002
 import json
@@ -39,8 +39,8 @@ from .alignment import full_precision
 from .encoders import ENCODERS, TextEncoder, feature_grid, freeze, image_config, quiet_transformers
 from .files import broken_seal, check_seal, seal, writing
 from .image import augment, centre_crop, normalise
-from .model import CMCGNS, Method, build_model, embed_at_once, load_model, next_stage, replace_fields
-from .objectives import find_objective, number_words, read_options, read_value
+from .model import CMCGNS, SECOND_STAGE, Method, build_model, embed_at_once, load_model, next_stage, replace_fields
+from .objectives import OBJECTIVES, find_objective, number_words, read_options, read_value
 from .processes import add_up, n_processes, share_norms
 from .reconstruction import count_doublings
 from .text import encode_reports, load_tokenizer, train_tokenizer
@@ -504,7 +504,7 @@ def start_stage(stage:int, # 1 or 2
         return build_model(settings.image_encoder, settings.text_encoder, vocab_size, settings.image_size, method, settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return next_stage(load_model(folder/'stage1'/'model')).train()
+        return next_stage(load_model(folder/'stage1'/'model'), **{k: getattr(settings, k) for k in SECOND_STAGE}).train()
 
 # %% ../nbs/core/07_pretraining.ipynb #d304
 def save_stage(place:Path, # of the stage
@@ -516,12 +516,19 @@ def save_stage(place:Path, # of the stage
     for c in place.glob('checkpoint-*'): remove_checkpoint(c)
     for c in place.glob('features-*'): shutil.rmtree(c)
 
+# %% ../nbs/core/07_pretraining.ipynb #e702
+def first_stage(settings:Settings)->Settings:
+    "What stage 1 depends on: the settings, with the defaults for what only stage 2 reads."
+    own = settings.objective not in OBJECTIVES
+    return settings if own else replace_fields(settings, stage2_epochs=0, **{k: getattr(Method, k) for k in SECOND_STAGE})
+
 # %% ../nbs/core/07_pretraining.ipynb #c041
 def pretrain(settings:Settings, # what to do
              train:Corpus, # pairs to learn from
              validation:Corpus, # pairs that choose the best epoch
              folder, # of the run; what an earlier, killed call left there is continued
              callbacks:Sequence[TrainerCallback]=(), # to watch the training, like `EpochAudit`
+             start:Path|None=None, # of a finished run on the same pairs with the same `first_stage`, which is taken from there
 )->tuple[CMCGNS, dict]: # the best stage-2 model (stage 1's, if stage 2 has no epochs); the log of each stage
     "Pre-train in two stages; models, tokenizer and logs stay in `folder`."
     folder, processes = Path(folder), join_processes()
@@ -529,6 +536,9 @@ def pretrain(settings:Settings, # what to do
     check_corpus(train, settings, 'training'); check_corpus(validation, settings, 'validation')
     with processes.main_process_first():
         if not (folder/'tokenizer').exists(): save_whole(folder/'tokenizer', make_tokenizer(settings, train.reports).save_pretrained)
+        if start and not (folder/'stage1').exists():
+            check_seal(ready := Path(start)/'stage1'/'model')
+            save_whole(folder/'stage1'/'model', partial(shutil.copytree, ready, dirs_exist_ok=True))
     check_seal(folder/'tokenizer')
     tokenizer, logs = load_tokenizer(folder/'tokenizer'), {}
     for stage, epochs in (1, settings.stage1_epochs), (2, settings.stage2_epochs):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'PARTIAL', 'OWN_PARTS', 'HEADS', 'LABELLED', 'TASKS', 'EPOCHS', 'corpus_of', 'pretrain_config',
-           'pretrain_run', 'settings_of', 'load_run', 'untrained', 'model_to_ask', 'Question', 'settle',
-           'head_settings', 'classify', 'detect', 'segment', 'retrieve', 'ask_in_words', 'ground', 'audit', 'ask',
-           'evaluation_config', 'evaluate_run', 'problem_of', 'settings_for', 'end_to_end']
+           'with_same_stage1', 'pretrain_run', 'settings_of', 'load_run', 'untrained', 'model_to_ask', 'Question',
+           'settle', 'head_settings', 'classify', 'detect', 'segment', 'retrieve', 'ask_in_words', 'ground', 'audit',
+           'ask', 'evaluation_config', 'evaluate_run', 'problem_of', 'settings_for', 'end_to_end']
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c002
 import sys
@@ -28,9 +28,9 @@ from ..evaluation.zero_shot import evaluate_grounding, evaluate_zero_shot
 from ..files import check_seal
 from ..model import CMCGNS, PUBLISHED, load_model
 from ..objectives import objective_code
-from ..pretraining import Corpus, Settings, make_settings, make_tokenizer, pretrain, start_stage
+from ..pretraining import Corpus, Settings, first_stage, make_settings, make_tokenizer, pretrain, start_stage
 from .problems import SYNTHETIC_STUDIES, Problem, choose_dataset, open_problem, problem_config
-from .runs import Run, environment, run_once
+from .runs import Run, environment, list_runs, run_name, run_once
 from ..text import encode_reports, load_tokenizer
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c005
@@ -44,17 +44,25 @@ def corpus_of(problem:Problem, part:str)->Corpus:
 def pretrain_config(problem:Problem, settings:Settings)->dict: # what a pre-training depends on
     return dict(settings=asdict(settings), data=problem_config(problem)) | objective_code(settings.objective)
 
+def with_same_stage1(runs, config:dict)->Run|None: # among all runs; a `pretrain_config`
+    "A finished pre-training whose stage 1 is that of `config`."
+    stage1 = lambda c: run_name('stage1', c | dict(task='pretrain', settings=asdict(first_stage(Settings(**c['settings'])))))
+    known = (r for r in list_runs(runs) if r.config['task'] == 'pretrain' and r.config['settings'].keys() == config['settings'].keys())
+    return next((r for r in known if stage1(r.config) == stage1(config)), None)
+
 def pretrain_run(problem:Problem, # what to train on
                  settings:Settings, # how
                  runs, # folder of all runs
 )->Run: # with the folders stage1/model, stage2/model and tokenizer; the logs as its metrics
     "Pre-train in two stages, as a run; a killed one is continued."
+    config = pretrain_config(problem, settings)
     def compute(folder):
         if not any(s.sentences for s in problem.studies): raise ValueError(f"{problem.name} has no reports to learn from; pre-train on mimic_cxr, openi, covid_cxr or synthetic data")
         train, validation = corpus_of(problem, 'train'), corpus_of(problem, 'validation')
-        _, logs = pretrain(settings, train, validation, folder)
-        return dict(pairs=dict(train=len(train.reports), validation=len(validation.reports)), model=f'{list(logs)[-1]}/model', logs=logs)
-    return run_once(runs, 'pretrain', pretrain_config(problem, settings), compute, together=True)
+        like = with_same_stage1(runs, config)
+        _, logs = pretrain(settings, train, validation, folder, start=like and like.folder)
+        return dict(stage1_of=like and like.folder.name, pairs=dict(train=len(train.reports), validation=len(validation.reports)), model=f'{list(logs)[-1]}/model', logs=logs)
+    return run_once(runs, 'pretrain', config, compute, together=True)
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c009
 def settings_of(run:Run, # of any task
