@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['full_precision', 'cosines', 'sentence_contrast', 'global_contrast', 'retrieval_accuracy', 'sigmoid_weights',
-           'CrossAttention', 'Predictor', 'simsiam_loss']
+           'CrossAttention', 'Predictor', 'matched_cosines', 'simsiam_loss']
 
 # %% ../nbs/core/03_alignment.ipynb #c002
 import torch
@@ -108,11 +108,17 @@ class Predictor(nn.Sequential):
         return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 # %% ../nbs/core/03_alignment.ipynb #c041
+def matched_cosines(x:Tensor, y:Tensor, # (..., d)
+                    eps:float=1e-8, # the least that is divided by
+)->Tensor: # (...)
+    "Cosine of each row of `x` with the same row of `y`."
+    return torch.linalg.vecdot(x, y) / (torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)).clamp(min=eps)
+
 def simsiam_loss(local:Tensor, # patch features, (b, p, d)
                  told:Tensor, # the same patches told by the report, (b, p, d)
                  predictor:nn.Module, # (..., d) to (..., d)
 )->Tensor: # scalar between -1 (aligned) and 1
     "Symmetric negative cosine with stop-gradient."
-    a = F.cosine_similarity(predictor(local), told.detach(), dim=-1) # (b, p)
-    b = F.cosine_similarity(predictor(told), local.detach(), dim=-1) # (b, p)
+    a = matched_cosines(predictor(local), told.detach()) # (b, p)
+    b = matched_cosines(predictor(told), local.detach()) # (b, p)
     return -(a.mean() + b.mean()) / 2
