@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cmcgns.reporting.bench import bench_head, count, describe, head_step, measure, measure_apart, ratios
-from cmcgns.reporting.benchmarks import SHAPES, CutStep, bench, bench_data, bench_features, bench_main, bench_probe, bench_step, trained_step
+from cmcgns.reporting.benchmarks import SHAPES, CutStep, bench, bench_data, bench_features, bench_main, bench_methods, bench_probe, bench_step, trained_step
 from cmcgns.reporting.cli import app
 from typer.testing import CliRunner
 
@@ -85,6 +85,13 @@ def test_step_and_its_parts(here):
         assert .8 * row["seconds"] < sum(row["parts"].values()) < 1.2 * row["seconds"] or row["seconds"] < .05
     assert found["ratios"][0]["preset"] == "tiny" and found["rows"][0]["seconds_of_trainer"] > 0
     assert "pairs a second" in describe(found) and "a step of Trainer itself" in describe(found)
+
+
+def test_a_step_of_each_method(here):
+    found = whole(bench_methods("tiny", [4], 1, best=BEST), "methods", [("ours", f"{name}, stage {stage}, B = 4") for name, stage in
+                                                                       [("cm-cgns", 1), ("cm-cgns", 2), ("convirt", 1), ("gloria", 1), ("mgca", 1), ("prior", 1), ("prior", 2)]])
+    assert len({row["flop"] for row in found["rows"]}) == 7 # each computes something else
+    assert "gloria, stage 1: data" in describe(found)
 
 
 def test_second_stage_can_be_measured():

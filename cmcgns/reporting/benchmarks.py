@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'FRACTIONS', 'SEEDS', 'BENCHMARKS', 'shape_of', 'noise', 'cut', 'send_back', 'slow_losses', 'CutStep',
-           'Enough', 'Stopwatch', 'trained_step', 'largest', 'batch_fits', 'bench_step', 'step_in_words', 'draw_films',
-           'Fresh', 'loading_step', 'bench_data', 'features_step', 'bench_features', 'make_up_probe', 'probe_step',
-           'passes', 'bench_probe', 'reproduce_apart', 'rows_of_runs', 'bench_main', 'bench']
+           'Enough', 'Stopwatch', 'trained_step', 'largest', 'batch_fits', 'bench_step', 'step_in_words',
+           'bench_methods', 'draw_films', 'Fresh', 'loading_step', 'bench_data', 'features_step', 'bench_features',
+           'make_up_probe', 'probe_step', 'passes', 'bench_probe', 'reproduce_apart', 'rows_of_runs', 'bench_main',
+           'bench']
 
 # %% ../../nbs/reporting/44a_benchmarks.ipynb #c002
 import subprocess
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..data.synthetic import draw_scene
 from ..evaluation.classification import extract_features, fit_adamw, fit_together
 from ..image import build_cache, decode_square
 from ..model import CMCGNS, build_model, next_stage
+from ..objectives import OBJECTIVES, find_objective
 from ..pretraining import Corpus, Pairs, Settings, make_settings, make_tokenizer, native_precision, start_stage, train_stage
 from .bench import bench_head, ceilings_apart, finish, measure_apart, slow_contrast, slow_pairs
 from .runs import list_runs
@@ -84,8 +86,8 @@ class CutStep:
         model = start_stage(1, s, len(tokenizer))
         self.model = (model if stage == 1 else next_stage(model)).train().to(self.device)
         if not self.slow: self.model.image_encoder.to(memory_format=torch.channels_last)
-        self.sampler = self.model.contrast.sampler
-        self.sampler.observe(torch.randn(4 * s.clusters, s.width, generator=torch.Generator().manual_seed(0)).to(self.device)) # at work, as for most of a training
+        self.contrast = getattr(self.model, 'contrast', None) # only CM-CGNS has it
+        if self.contrast is not None: self.contrast.sampler.observe(torch.randn(4 * s.clusters, s.width, generator=torch.Generator().manual_seed(0)).to(self.device)) # at work, as for most of a training
         self.pairs, self.max_norm, self.keys = Pairs(corpus, tokenizer, s), s.max_grad_norm, cycle([[(0, i) for i in range(k, k + b)] for k in (0, b)])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), s.lr, weight_decay=s.weight_decay, **({} if self.slow else dict(fused=True)))
 
@@ -192,6 +194,20 @@ def step_in_words(row:Mapping, best:Mapping)->list[str]:
     parts = ', '.join(f'{k} {100 * v / whole:.0f} %' for k, v in row['parts'].items())
     used = f"; {row['b'] / row['seconds']:.3g} pairs a second, {100 * row['flop'] / row['seconds'] / best.get(row['precision'], best['fp32']):.0f} % of the best products in {row['precision']}" if row.get('flop') else ''
     return [f"{row['preset']}, B = {row['b']}, {row['side']}: {parts}{used}"]
+
+# %% ../../nbs/reporting/44a_benchmarks.ipynb #e802
+def bench_methods(preset:str='laptop', # a name of `PRESETS`
+                  sizes:Sequence[int]=(), # batch sizes; the preset's if empty
+                  repeats:int=5, threads:int=0, device:str='cpu', best:Mapping|None=None, # as for `bench_head`
+)->dict: # from `finish`
+    "A training step of each objective of the library, in each stage that it has."
+    best, rows = best or ceilings_apart(device, threads), []
+    for b, name in product(sizes or [shape_of(preset).batch_size], OBJECTIVES):
+        for stage in (1, 2) if find_objective(name).second_stage else (1,):
+            row = measure_apart(CutStep, dict(preset=preset, b=b, stage=stage, device=device, changes=dict(objective=name)), repeats=repeats, threads=threads)
+            rows.append(dict(row, side='ours', what=f'{name}, stage {stage}, B = {b}', items=b))
+            rows[-1]['notes'] = [f"{name}, stage {stage}: {line.partition('ours: ')[2]}" for line in step_in_words(rows[-1], best)]
+    return finish('methods', rows, best)
 
 # %% ../../nbs/reporting/44a_benchmarks.ipynb #c022
 def draw_films(folder, # an empty one
@@ -334,7 +350,7 @@ def bench_main(preset:str='laptop', tables:str='main', threads:int=0, device:str
     return finish('main', rows, best or ceilings_apart(device, threads))
 
 # %% ../../nbs/reporting/44a_benchmarks.ipynb #c035
-BENCHMARKS = dict(head=bench_head, step=bench_step, data=bench_data, features=bench_features, probe=bench_probe, main=bench_main)
+BENCHMARKS = dict(head=bench_head, step=bench_step, methods=bench_methods, data=bench_data, features=bench_features, probe=bench_probe, main=bench_main)
 
 def bench(what:str, # a key of `BENCHMARKS`
           **asked, # options of the benchmark; None for its own choice

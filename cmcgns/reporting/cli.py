@@ -214,7 +214,7 @@ def synthesize_command(folder:Annotated[Path, typer.Argument(help="a new folder"
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c022
 @app.command('bench')
-def bench_command(what:Annotated[str, typer.Argument(help="head, step, data, features, probe or main")]='head',
+def bench_command(what:Annotated[str, typer.Argument(help="head, step, methods, data, features, probe or main")]='head',
                   preset:Annotated[Optional[str], typer.Option(help="tiny, laptop, paper-resnet50 or paper-vit; laptop if not given")]=None,
                   sizes:Annotated[Optional[str], typer.Option(help="batch sizes, e.g. 64,256")]=None,
                   repeats:Annotated[Optional[int], typer.Option(help="counted steps of each")]=None,
