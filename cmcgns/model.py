@@ -111,7 +111,7 @@ class CMCGNSConfig(PreTrainedConfig):
         "The method's settings as one record."
         return Method(**{f.name: getattr(self, f.name) for f in fields(Method)})
 
-ALLOWED = {'transformers_version', 'model_type', 'architectures', 'dtype', 'torch_dtype', 'name_or_path', '_name_or_path', 'attn_implementation', 'use_cache'} # what transformers adds itself
+ALLOWED = {'transformers_version', 'model_type', 'architectures', 'dtype', 'torch_dtype', 'name_or_path', '_name_or_path', 'attn_implementation', 'use_cache', '_commit_hash'} # what transformers adds itself
 
 # %% ../nbs/core/06_model.ipynb #c015
 def make_config(image_encoder:str, # a name of `ENCODERS`, a local folder, or a hub id

@@ -126,6 +126,7 @@ def check_settings(s:Settings):
     for name in POSITIVE:
         if not getattr(s, name) > 0: raise ValueError(f"{name}={getattr(s, name)}: expected more than 0")
     if s.freeze_text and s.text_encoder in ENCODERS['text']: raise ValueError(f"freeze_text=True: text_encoder={s.text_encoder} starts from scratch and has to learn; name a folder or a hub id")
+    if s.compile and torch.__version__.startswith('2.6.'): raise ValueError(f"compile=True: torch {torch.__version__} cannot translate these encoders; install a newer one")
     if s.embed_at_once < 0: raise ValueError(f"embed_at_once={s.embed_at_once}: expected 0 for the whole batch, or a number of pairs")
     if s.image_size > s.store_size: raise ValueError(f"image_size={s.image_size}: a crop cannot be larger than the stored image, store_size={s.store_size}")
     if (s.rebuild_over, s.mask_by) == ('masked', 'channel'): raise ValueError("rebuild_over=masked needs mask_by=region: masked channels hide no region")

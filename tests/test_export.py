@@ -5,6 +5,7 @@ import sys
 import types
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -273,7 +274,9 @@ def test_both_generations_of_names_in_transformers(tmp_path):
     with quiet_transformers():
         ours.backbone.save_pretrained(tmp_path)
     old = load_file(tmp_path/"model.safetensors")
-    assert "encoder.layer.0.attention.attention.query.weight" in old and "layers.0.attention.q_proj.weight" in ours.backbone.state_dict()
+    assert "encoder.layer.0.attention.attention.query.weight" in old
+    if "encoder.layer.0.attention.attention.query.weight" in ours.backbone.state_dict(): pytest.skip("this transformers has one generation of names")
+    assert "layers.0.attention.q_proj.weight" in ours.backbone.state_dict()
     a, b = (fuse_qkv(rename(s, VIT_NAMES)) for s in (old, ours.backbone.state_dict()))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -519,7 +522,7 @@ def test_a_card_says_what_it_is(tmp_path):
     text = (export_run(run, tmp_path/"out", None, found)/"README.md").read_text()
     for part in ("license: apache-2.0", "- synthetic", "trained on synthetic data", "**For research. Not for clinical use.**", "**synthetic: drawn phantoms and drawn words, no patients**", "hash `s1`", "`f1`",
                  "6 train, 2 validation, 4 test", "`seed=9`", "Behaviours of the published code that are on: weighting.", "| classification | synthetic | this | Edema | 10 % | auroc | 0.600 ± 0.000 [0.500, 0.700] | 4 | 2 |",
-                 "| random, before training |", "| c11 |", f"`evaluations/{clusters.folder.name}.json` has 8 further lines.", f"torch {torch.__version__}"):
+                 "| random, before training |", "| c11 |", f"`evaluations/{clusters.folder.name}.json` has 8 further lines.", f"torch {version('torch')}"):
         assert part in text, part
     assert "| c12 |" not in text
     kept = json.loads((tmp_path/"out"/"evaluations"/f"{clusters.folder.name}.json").read_text())

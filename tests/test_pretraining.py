@@ -149,6 +149,7 @@ def test_a_batch_is_the_same_from_a_worker():
         assert ahead.keys() == here.keys() and all(torch.equal(ahead[k], here[k]) for k in here)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot translate these encoders, and the settings say so")
 def test_compiled_encoders_give_the_same_loss_for_reports_of_any_length():
     pairs = corpus(16)
     tokenizer = train_tokenizer([s for r in pairs.reports for s in r], 300)

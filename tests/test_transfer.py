@@ -41,7 +41,8 @@ def test_boxes_are_where_the_image_shows_them(tmp_path_factory, h, w, size, data
     x, y = data.draw(st.integers(0, w - bw)), data.draw(st.integers(0, h - bh))
     study = Study("a", save_image(tmp_path_factory.mktemp("i") / "i.png", h, w, (x, y, bw, bh)), "p", boxes=(Box("b", x, y, bw, bh),))
     (box,), _ = boxes_on_square(study, size)
-    seen = fit_square(read_image(study.image), size) > 127
+    painted = fit_square(read_image(study.image), size)
+    seen = painted > painted.max() / 2 # a box thinner than a pixel is grey
     if not seen.any(): return
     rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
     assert np.abs(box - [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).max() <= 1
