@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'data', 'Preset', 'DataRoot', 'Dataset', 'SplitBy', 'Changes', 'Seed', 'Published', 'Runs', 'Cache', 'Task',
-           'prepare', 'say', 'pretrain_command', 'numbers', 'evaluate_command', 'reproduce_command', 'show_pages',
-           'runs_command', 'verify_command', 'export_command', 'check_command', 'synthesize_command', 'bench_command',
-           'main']
+           'tell_version', 'options', 'prepare', 'say', 'pretrain_command', 'numbers', 'evaluate_command',
+           'reproduce_command', 'show_pages', 'runs_command', 'verify_command', 'export_command', 'check_command',
+           'synthesize_command', 'bench_command', 'main']
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c002
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -33,6 +34,12 @@ Seed = Annotated[Optional[int], typer.Option(help="seed of the pre-training; the
 Published = Annotated[bool, typer.Option('--as-published', help="switch on every behaviour of the published code that differs from ours")]
 Runs = Annotated[Path, typer.Option(help="folder of all runs")]
 Cache = Annotated[Path, typer.Option(help="folder for made and decoded images")]
+
+def tell_version(asked:bool):
+    if asked: typer.echo(version('cmcgns')); raise typer.Exit()
+
+@app.callback()
+def options(version:Annotated[bool, typer.Option('--version', help="say the version and stop", callback=tell_version, is_eager=True)]=False): pass
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c007
 def prepare(preset:str, # a name of `PRESETS`

@@ -50,7 +50,7 @@ def run_name(task:str, # what is done, e.g. 'pretrain'
 
 def environment()->dict:
     "Versions and hardware, as every result carries them."
-    packages = 'torch', 'transformers', 'tokenizers', 'scikit-learn', 'numpy', 'pillow', 'cmcgns'
+    packages = 'torch', 'transformers', 'tokenizers', 'scikit-learn', 'numpy', 'pillow', 'faster-coco-eval', 'cmcgns'
     try: processor = next((line.partition(': ')[2].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), platform.processor())
     except OSError: processor = platform.processor()
     return dict(python=sys.version.split()[0], machine=platform.machine(), processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(),
