@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANDOM', 'OURS', 'COMPARED', 'SINGLE', 'MAIN', 'GLOBAL', 'COMPONENTS', 'NEGATIVES', 'CORRECTIONS', 'RECONSTRUCTION',
-           'ON_CORPUS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'GUESS', 'OTHERWISE', 'END_TO_END', 'ONE_RUN',
-           'FIGURES', 'PAGES', 'BRIEF', 'Arm', 'arm_settings', 'Table', 'applies', 'only_arms', 'briefly', 'splits_of',
-           'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs', 'estimate', 'describe_job', 'describe_plan',
-           'run_jobs', 'choose_pages']
+           'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'GUESS', 'OTHERWISE', 'END_TO_END',
+           'ONE_RUN', 'FIGURES', 'PAGES', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table', 'applies', 'only_arms',
+           'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs', 'estimate', 'describe_job',
+           'describe_plan', 'run_jobs', 'choose_pages']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
 import re
@@ -49,11 +49,18 @@ def arm_settings(arm:Arm, preset:str, key:str, seed:int, changes:Mapping={})->Se
     return s
 
 # %% ../../nbs/reporting/48_plan.ipynb #c011
+class Claim(NamedTuple):
+    "That one row of a table is better than another."
+    says: str # in words
+    better: str # name of an arm
+    than: str # of another
+
 class Table(NamedTuple):
-    "What a table compares, and what it asks."
+    "What a table compares, what it asks, and what it is to decide."
     title: str
     arms: tuple[Arm, ...]
     asked: tuple[tuple[str, Question], ...] # a data set, and the question
+    claims: tuple[Claim, ...] = ()
 
 COMPARED = (Arm('ConVIRT', dict(objective='convirt', stage2_epochs=0), True, 'image against report as a whole'),
             Arm('GLoRIA', dict(objective='gloria', stage2_epochs=0), True, 'and words against the regions they attend to'),
@@ -76,14 +83,21 @@ RECONSTRUCTION = (OURS._replace(name='half of the regions, all pixels'), Arm('ma
 
 # %% ../../nbs/reporting/48_plan.ipynb #c013
 ON_CORPUS = (('corpus', Question()),)
+CLAIMS = dict(
+    compared=tuple(Claim(f'better than {a.name}', OURS.name, a.name) for a in MAIN[:-1]),
+    components=tuple(Claim(f'{what} helps', more.name, less.name) for what, less, more in zip(('the local image loss', 'the local report loss', 'the reconstruction'), COMPONENTS[1:], COMPONENTS[2:])),
+    negatives=(Claim('clustering helps', NEGATIVES[2].name, NEGATIVES[0].name), Claim('clusters of sentences as told by the image are better', NEGATIVES[2].name, NEGATIVES[1].name),
+               Claim('hard negatives help', NEGATIVES[2].name, 'false negatives only'), Claim('sparing false negatives helps', NEGATIVES[2].name, 'hard negatives only')),
+    corrections=tuple(Claim(f"{a.name.removeprefix('as published: ')} costs", 'ours', a.name) for a in CORRECTIONS[1:]),
+    reconstruction=(Claim('the reconstruction helps', RECONSTRUCTION[0].name, 'no reconstruction'), Claim('drawing hidden regions only is better', 'masked regions only', RECONSTRUCTION[0].name)))
 TABLES = dict(
-    table_1_classification=Table('Linear classification', MAIN, tuple((k, Question()) for k in ('corpus', 'chexpert', 'rsna', 'covidx'))),
+    table_1_classification=Table('Linear classification', MAIN, tuple((k, Question()) for k in ('corpus', 'chexpert', 'rsna', 'covidx')), CLAIMS['compared']),
     table_2_detection=Table('Detection', MAIN, tuple((k, Question('detection')) for k in ('corpus', 'rsna', 'object_cxr'))),
     table_3_segmentation=Table('Segmentation', MAIN, tuple((k, Question('segmentation')) for k in ('corpus', 'siim', 'rsna'))),
-    table_4_components=Table('What each component adds', COMPONENTS, ON_CORPUS),
-    table_5_negatives=Table('Which negatives', NEGATIVES, (*ON_CORPUS, ('corpus', Question('clusters')))),
-    table_6_corrections=Table('What the slips of the published code cost', CORRECTIONS, ON_CORPUS),
-    table_7_reconstruction=Table('Reconstruction', RECONSTRUCTION, ON_CORPUS),
+    table_4_components=Table('What each component adds', COMPONENTS, ON_CORPUS, CLAIMS['components']),
+    table_5_negatives=Table('Which negatives', NEGATIVES, (*ON_CORPUS, ('corpus', Question('clusters'))), CLAIMS['negatives']),
+    table_6_corrections=Table('What the slips of the published code cost', CORRECTIONS, ON_CORPUS, CLAIMS['corrections']),
+    table_7_reconstruction=Table('Reconstruction', RECONSTRUCTION, ON_CORPUS, CLAIMS['reconstruction']),
     table_8_without_labels=Table('Asked without labels', MAIN[1:], tuple(('corpus', Question(t)) for t in ('retrieval', 'zero-shot', 'grounding', 'clusters'))))
 
 def applies(arm:Arm, question:Question)->bool:

@@ -56,9 +56,11 @@ def write_report(place, # folder with a folder a page, each with the executed pa
     bodies = ''.join(f'<section id="{p}">{page_body(place/p/f"{p}.ipynb")}</section>' for p in pages)
     names = sorted({d['name'] for r in results for d in r.get('data', {}).values() if d['name'].startswith('synthetic')})
     warning = f'<p class="warn"><b>Synthetic data, no patients:</b> {html.escape(", ".join(names))}. Numbers on them say that the code learns, and nothing about X-rays.</p>' if names else ''
+    claims = [dict(page=x['page'], **c) for x in results for c in x.get('claims', [])]
+    holds = f'<h2>What holds</h2>{table_of(claims)}' if claims else ''
     asked = table_of([dict(setting=k, value=v) for k, v in settings.items()])
     text = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>cmcgns: report</title><style>{STYLE}</style><h1>CM-CGNS: what was reproduced</h1>'
             f'<p>Made on {datetime.now():%Y-%m-%d}. For research, not for clinical use.</p>{warning}<nav>{"".join(f"<a href=#{p}>{p}</a>" for p in pages)}<a href=#evidence>evidence</a></nav>'
-            f'<h2>Settings</h2>{asked}{bodies}<section id="evidence"><h1>Evidence</h1>{evidence(results)}</section></html>')
+            f'<h2>Settings</h2>{asked}{holds}{bodies}<section id="evidence"><h1>Evidence</h1>{evidence(results)}</section></html>')
     write_atomically(place/'report.html', text)
     return place/'report.html'

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MISLEADING', 'SIGNS', 'runs_of', 'fold_of', 'rows_of_runs', 'over_folds', 'cell', 'dig', 'tested', 'counted',
-           'labelled_row', 'labelled_table', 'paired', 'signed', 'difference_row', 'difference_table', 'told_apart',
-           'unlabelled_table', 'published_rows', 'latex', 'save_table', 'describe_split', 'describe_origin',
-           'describe_heads', 'save_result']
+           'labelled_row', 'labelled_table', 'paired', 'signed', 'differences', 'difference_row', 'both_of',
+           'difference_table', 'verdict', 'count_ahead', 'claim_table', 'told_apart', 'unlabelled_table',
+           'published_rows', 'latex', 'save_table', 'describe_split', 'describe_origin', 'describe_heads',
+           'save_result']
 
 # %% ../../nbs/reporting/49_results.ipynb #c002
 import csv
@@ -100,20 +101,55 @@ def paired(mine:Sequence[Run], theirs:Sequence[Run], fraction:float)->tuple[floa
 def signed(d:float, low:float, high:float)->str: # a star where the interval leaves zero out
     return f'{d:+.3f} [{low:+.3f}, {high:+.3f}]' + (' *' if low > 0 or high < 0 else '')
 
-def difference_row(arm, base, mine:Sequence[Run], theirs:Sequence[Run], name:str)->dict: # a column a fraction
-    "An arm minus another, on the same test films under the same seeds."
-    folds = list(dict.fromkeys(map(fold_of, mine)))
+def differences(mine:Sequence[Run], theirs:Sequence[Run])->dict[float, tuple[float, float, float]]: # share of the labels -> difference, low and high end
+    "One arm minus another, fold by fold on the same test films, under the same seeds."
     of = lambda runs, f: [run for run in runs if fold_of(run) == f]
-    fractions = by_fraction(rows := rows_of_runs(mine))
-    cells = {f'{100 * x:g} %': signed(*over_folds([paired(of(mine, f), of(theirs, f), x) for f in folds])) for x in fractions}
-    return {'data': name, 'encoder': f'{arm.name} − {base.name}'} | cells | {'n test': tested(rows), 'seeds': counted(mine, fractions[max(fractions)])}
+    folds = dict.fromkeys(map(fold_of, mine))
+    return {x: over_folds([paired(of(mine, f), of(theirs, f), x) for f in folds]) for x in by_fraction(rows_of_runs(mine))}
+
+def difference_row(name:str, called:dict, mine:Sequence[Run], found:Mapping[float, tuple[float, float, float]])->dict: # a column a fraction
+    "Differences as a row of a table."
+    groups = by_fraction(rows := rows_of_runs(mine))
+    cells = {f'{100 * x:g} %': signed(*d) for x, d in found.items()}
+    return {'data': name} | called | cells | {'n test': tested(rows), 'seeds': counted(mine, groups[max(groups)])}
+
+def both_of(r:Reproduction, found:Mapping[str, Run], table:Table, arm, base): # a data set's name, the runs of the arm, those of the base
+    "Wherever two arms classify, and are there in full."
+    for data, q in r.asked(table):
+        mine, theirs = (runs_of(r, found, table, a, data, q) for a in (arm, base))
+        if q.task == 'classification' and len(mine) == len(theirs) > 0: yield r.problem(data).name, mine, theirs
 
 def difference_table(r:Reproduction, found:Mapping[str, Run], table:Table, against:str|None=None)->list[dict]: # against the first arm if None; * where the interval leaves zero out
     "Linear classification of each arm minus that of one of them."
     base = next(a for a in table.arms if a.name == (against or table.arms[0].name))
-    return [difference_row(arm, base, mine, theirs, r.problem(data).name) for data, q in r.asked(table) if q.task == 'classification' for arm in table.arms if arm is not base
-            and len(mine := runs_of(r, found, table, arm, data, q)) == len(theirs := runs_of(r, found, table, base, data, q)) > 0]
+    rows = [difference_row(name, {'encoder': f'{arm.name} − {base.name}'}, mine, differences(mine, theirs))
+            for arm in table.arms if arm is not base for name, mine, theirs in both_of(r, found, table, arm, base)]
+    order = list(dict.fromkeys(r.problem(data).name for data, _ in r.asked(table)))
+    return sorted(rows, key=lambda row: order.index(row['data']))
 
+
+# %% ../../nbs/reporting/49_results.ipynb #c119
+def verdict(intervals:Sequence[tuple[float, float]], # low and high end of the difference, one a share of the labels
+)->str:
+    "Whether a claim holds, in words."
+    above, below = any(low > 0 for low, _ in intervals), any(high < 0 for _, high in intervals)
+    if above and below: return 'depends on the share of labels'
+    return 'holds' if above else 'the opposite holds' if below else 'cannot be told'
+
+def count_ahead(mine:Sequence[Run], theirs:Sequence[Run])->int: # of as many trainings
+    "In how many folds and seeds an arm is ahead of the other, with the most labels."
+    def value(run): groups = by_fraction(run.metrics['rows']); return np.mean([x['value'] for x in groups[max(groups)]])
+    return sum(value(a) > value(b) for a, b in zip(mine, theirs))
+
+def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table)->list[dict]: # a row a claim and data set; those whose rows are there
+    "What the table was made to decide, and what it says."
+    arms, out = {a.name: a for a in table.arms}, []
+    for claim in (c for c in table.claims if {c.better, c.than} <= arms.keys()):
+        for name, mine, theirs in both_of(r, found, table, arms[claim.better], arms[claim.than]):
+            ends = differences(mine, theirs)
+            row = difference_row(name, {'claim': claim.says}, mine, ends)
+            out.append(row | {'ahead': f'{count_ahead(mine, theirs)} of {len(mine)}', 'verdict': verdict([d[1:] for d in ends.values()]) + (', one training' if len(mine) == 1 else '')})
+    return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c020
 def told_apart(rows:Sequence[Mapping])->list[str]: # keys of text by which the rows of one run differ
