@@ -88,7 +88,7 @@ CLAIMS = dict(
     components=tuple(Claim(f'{what} helps', more.name, less.name) for what, less, more in zip(('the local image loss', 'the local report loss', 'the reconstruction'), COMPONENTS[1:], COMPONENTS[2:])),
     negatives=(Claim('clustering helps', NEGATIVES[2].name, NEGATIVES[0].name), Claim('clusters of sentences as told by the image are better', NEGATIVES[2].name, NEGATIVES[1].name),
                Claim('hard negatives help', NEGATIVES[2].name, 'false negatives only'), Claim('sparing false negatives helps', NEGATIVES[2].name, 'hard negatives only')),
-    corrections=tuple(Claim(f"{a.name.removeprefix('as published: ')} costs", 'ours', a.name) for a in CORRECTIONS[1:]),
+    corrections=(*(Claim(f"{a.name.removeprefix('as published: ')} costs", 'ours', a.name) for a in CORRECTIONS[1:-1]), Claim('all slips at once cost', 'ours', CORRECTIONS[-1].name)),
     reconstruction=(Claim('the reconstruction helps', RECONSTRUCTION[0].name, 'no reconstruction'), Claim('drawing hidden regions only is better', 'masked regions only', RECONSTRUCTION[0].name)))
 TABLES = dict(
     table_1_classification=Table('Linear classification', MAIN, tuple((k, Question()) for k in ('corpus', 'chexpert', 'rsna', 'covidx')), CLAIMS['compared']),
