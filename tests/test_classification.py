@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn as nn
 from cmcgns.data.studies import Split, Study, label_array, split_studies
-from cmcgns.evaluation.classification import (SOLVERS, accuracy, auroc, bootstrap_difference, bootstrap_interval, compare_encoders, draw_values, draw_weights,
+from cmcgns.evaluation.classification import (SOLVERS, STRENGTHS, accuracy, auroc, bootstrap_difference, bootstrap_interval, compare_encoders, draw_values, draw_weights,
                                               evaluate_fractions, extract_features, fit_adamw, fit_probe, fit_probes, fit_together, hold_still, mean_auroc, score_key)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 
@@ -137,7 +138,7 @@ def make_up(n, c, k=1, seed=0):
     return x, (x[:, :k] + .5 * rng.normal(size=(n, k)) > 0).astype(float)
 
 
-@pytest.mark.parametrize("solver", ["lbfgs", "adamw"])
+@pytest.mark.parametrize("solver", ["solved", "adamw"])
 @pytest.mark.parametrize("n, c", [(2, 5), (6, 512), (50, 1), (50, 50), (51, 50)])
 def test_probe_of_any_shape_is_finite_and_repeats_itself(solver, n, c):
     x, y = make_up(n + 30, c)
@@ -145,6 +146,25 @@ def test_probe_of_any_shape_is_finite_and_repeats_itself(solver, n, c):
     fit = lambda: fit_probe(x[:n], y[:n], x[n:], y[n:], solver, seed=1)
     probe = fit()
     assert probe.weight.shape == (c, 1) and np.isfinite(probe.scores(x)).all() and np.array_equal(probe.weight, fit().weight)
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_solved_layer_is_the_average_over_strengths(exclusive):
+    "Each strength weighs what it says of the validation labels; three classes weigh together."
+    rng = np.random.default_rng(4)
+    x, k = rng.normal(size=(160, 6)), 3 if exclusive else 1
+    kind = (x[:, :3] + rng.normal(size=(160, 3))).argmax(1) if exclusive else (x[:, 0] + rng.normal(size=160) > 0).astype(int)
+    y = np.eye(3)[kind] if exclusive else kind[:, None].astype(float)
+    mean, scale = x[:80].mean(0), x[:80].std(0)
+    z, layers, likely = (x - mean) / scale, [], []
+    for s in STRENGTHS:
+        fit = LogisticRegression(C=1 / (s * 80), tol=1e-8, max_iter=10_000).fit(z[:80], kind[:80])
+        likely.append(np.exp(np.log(fit.predict_proba(z[80:100])[np.arange(20), kind[80:100]]).sum()))
+        layers.append(fit.decision_function(z).reshape(160, k))
+    probe, share = fit_probe(x[:80], y[:80], x[80:100], y[80:100], exclusive=exclusive), np.array(likely) / sum(likely)
+    assert share.max() < .9 and np.abs(np.tensordot(share, layers, 1) - probe.scores(x)).max() < 1e-2
+    many = fit_probe(x[:80], y[:80], np.tile(x[80:100], (2000, 1)), np.tile(y[80:100], (2000, 1)), exclusive=exclusive)
+    assert np.abs(layers[int(np.argmax(likely))] - many.scores(x)).max() < 1e-2 # with many labels it is the likeliest alone
 
 
 def test_each_finding_is_a_problem_of_its_own():
@@ -257,7 +277,7 @@ def test_one_class_in_training_says_so():
         evaluate_fractions(x, label_array(studies, ["f0"]), studies, split_studies(studies), ["f0"])
 
 
-@pytest.mark.parametrize("solver", ["lbfgs", "adamw"])
+@pytest.mark.parametrize("solver", ["solved", "adamw"])
 def test_no_global_seed_is_touched(solver):
     x, y = make_up(40, 3)
     states = lambda: (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())

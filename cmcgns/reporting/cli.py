@@ -93,7 +93,7 @@ def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-
                      dataset:Dataset=None, split:SplitBy='ours', changes:Changes=[], seed:Seed=None, # noqa: B006
                      targets:Annotated[list[str], typer.Option('--target', help="labels, boxes or masks to ask for; the data set's own if not given; may be repeated")]=[], # noqa: B006
                      fractions:Annotated[str, typer.Option(help="shares of the labels")]='0.01,0.1,1', seeds:Annotated[str, typer.Option(help="of the label subsets")]='0,1,2',
-                     solver:Annotated[str, typer.Option(help="of the linear probe: lbfgs, or adamw as published")]='lbfgs',
+                     solver:Annotated[str, typer.Option(help="of the linear probe: solved, or adamw as published")]='solved',
                      finetune:Annotated[bool, typer.Option('--finetune', help="train the encoder too")]=False,
                      epochs:Annotated[int, typer.Option(help="of a head, at most; 0: as published")]=0, runs:Runs=Path('runs'), cache:Cache=Path('cache')):
     "Ask an encoder: by default, linear classification with 1, 10 and 100 % of the labels, three label seeds."

@@ -116,7 +116,7 @@ class Question:
     targets: tuple[str, ...] = () # labels, boxes or masks; the data set's own if empty
     fractions: tuple[float, ...] = (.01, .1, 1.) # shares of the labels
     seeds: tuple[int, ...] = (0, 1, 2) # of the draws, and of the heads
-    solver: str = 'lbfgs' # of the linear probe, or 'adamw' as published
+    solver: str = 'solved' # of the linear probe, or 'adamw' as published
     finetune: bool = False # train the encoder too
     epochs: int = 0 # of a head, at most; as published if 0
 
