@@ -205,7 +205,8 @@ def evaluate_run(problem:Problem, # what to evaluate on
     return run_once(runs, task, config, compute)
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c019
-DATASET_SETTINGS = {('laptop', 'covid_cxr'): dict(stage1_epochs=1, stage2_epochs=9, zoom=.5, jitter=.4, keep='last')} # where the preset's own do not fit the data set
+DATASET_SETTINGS = {('laptop', 'covid_cxr'): dict(image_encoder='resnet-tiny', lr=1e-3, stage1_epochs=10, stage2_epochs=20,
+                                                  zoom=.5, jitter=.4, keep='last')} # where the preset's own do not fit the data set
 
 def problem_of(run:Run, # a pre-training run
                data_root, # where real data lie, or None for the synthetic world
