@@ -46,6 +46,12 @@ def test_readme_names_every_page():
     assert [str(p.relative_to(ROOT)) for p in PAGES if p.stem != "index" and f"({p.relative_to(ROOT).as_posix()})" not in text] == []
 
 
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    lost = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert len(links) > 20 and not lost
+
+
 def test_readme_has_its_results():
     assert "\nRESULTS\n" not in (ROOT / "README.md").read_text(encoding="utf-8")
 
