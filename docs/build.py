@@ -19,7 +19,7 @@ SECTIONS = {  # folders of nbs/ in the order of the site; one that is not named 
     "reporting": ("Runs and reports", "What keeps, draws and tabulates what was computed, and the command line."),
 }
 WIDGET = dict(cell_type="markdown", id="page-widget", metadata={}, source="{.page-note}\nHere stands a widget when the page runs in JupyterLab (`make lab`). What follows is the same, standing still.")
-PROJECT = {"README": "Results", "CONTRIBUTING": "Contributing", "CHANGELOG": "Changes"}
+PROJECT = {"README": "Results", "docs/measured": "All rows that were measured", "CONTRIBUTING": "Contributing", "CHANGELOG": "Changes"}
 
 
 def write(path, text):

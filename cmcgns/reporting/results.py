@@ -67,8 +67,8 @@ def dig(row:Mapping, keys:Sequence[str])->float:
     for k in keys: row = row[k]
     return np.nan if row is None else float(row)
 
-def tested(rows:Sequence[Mapping])->int: # test films, over all folds
-    return sum({x.get('fold'): x['n_test'] if 'n_test' in x else x['n'] for x in rows}.values())
+def tested(rows:Sequence[Mapping])->int: # test films, or pairs of sentences, over all folds
+    return round(sum({x.get('fold'): x['n_test'] if 'n_test' in x else x['n'] for x in rows}.values()))
 
 def counted(runs:Sequence[Run], rows:Sequence[Mapping])->str: # folds × pre-training seeds × draws
     folds = len({fold_of(run) for run in runs})
@@ -169,7 +169,7 @@ def unlabelled_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:
                 rows = [e[called] for e in each if called in e]
                 chance = [x['chance'] for x in rows if x.get('chance') is not None]
                 out.append({'data': r.problem(data).name, 'encoder': arm.name} | dict(zip(keys, called)) | {
-                    'value': cell(rows), 'chance': f'{np.mean(chance):.3f}' if chance else '–', 'n': f'{tested(rows):g}', 'runs': len(rows)})
+                    'value': cell(rows), 'chance': f'{np.mean(chance):.3f}' if chance else '–', 'n': tested(rows), 'runs': len(rows)})
     return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c024
