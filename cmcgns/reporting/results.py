@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MISLEADING', 'FEW', 'SIGNS', 'runs_of', 'fold_of', 'rows_of_runs', 'over_folds', 'cell', 'dig', 'tested', 'counted',
-           'labelled_row', 'labelled_table', 'paired', 'signed', 'differences', 'difference_row', 'both_of',
-           'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict', 'count_ahead', 'claim_table',
-           'told_apart', 'unlabelled_table', 'published_rows', 'latex', 'save_table', 'describe_split',
+           'labelled_row', 'labelled_table', 'paired', 'signed', 'differences', 'difference_row', 'both_of', 'by_data',
+           'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict', 'deciding', 'count_ahead',
+           'claim_table', 'told_apart', 'unlabelled_table', 'published_rows', 'latex', 'save_table', 'describe_split',
            'describe_origin', 'describe_heads', 'save_result']
 
 # %% ../../nbs/reporting/49_results.ipynb #c002
@@ -119,13 +119,16 @@ def both_of(r:Reproduction, found:Mapping[str, Run], table:Table, arm, base, tas
         mine, theirs = (runs_of(r, found, table, a, data, q) for a in (arm, base))
         if q.task == task and len(mine) == len(theirs) > 0: yield r.problem(data).name, mine, theirs
 
+def by_data(r:Reproduction, table:Table, rows:list[dict])->list[dict]:
+    "Rows in the order in which the table asks its data sets."
+    order = list(dict.fromkeys(r.problem(data).name for data, _ in r.asked(table)))
+    return sorted(rows, key=lambda row: order.index(row['data']))
+
 def difference_table(r:Reproduction, found:Mapping[str, Run], table:Table, against:str|None=None)->list[dict]: # against the first arm if None; * where the interval leaves zero out
     "Linear classification of each arm minus that of one of them."
     base = next(a for a in table.arms if a.name == (against or table.arms[0].name))
-    rows = [difference_row(name, {'encoder': f'{arm.name} − {base.name}'}, mine, differences(mine, theirs))
-            for arm in table.arms if arm is not base for name, mine, theirs in both_of(r, found, table, arm, base)]
-    order = list(dict.fromkeys(r.problem(data).name for data, _ in r.asked(table)))
-    return sorted(rows, key=lambda row: order.index(row['data']))
+    return by_data(r, table, [difference_row(name, {'encoder': f'{arm.name} − {base.name}'}, mine, differences(mine, theirs))
+                              for arm in table.arms if arm is not base for name, mine, theirs in both_of(r, found, table, arm, base)])
 
 
 # %% ../../nbs/reporting/49_results.ipynb #c131
@@ -136,15 +139,15 @@ def draw_differences(mine:Sequence[Run], theirs:Sequence[Run])->dict[float, np.n
 
 def draw_row(name:str, called:str, mine:Sequence[Run], theirs:Sequence[Run])->dict: # a column a share of the labels: mean (ahead/level/behind)
     "One arm minus another, and in how many draws it is ahead, level and behind."
-    cell = lambda d: f'{np.nanmean(d):+.3f} ({(d > 0).sum()}/{(d == 0).sum()}/{(d < 0).sum()})' if np.isfinite(d).any() else '–'
+    count = lambda d: f'{np.nanmean(d):+.3f} ({(d > 0).sum()}/{(d == 0).sum()}/{(d < 0).sum()})' if np.isfinite(d).any() else '–'
     groups = by_fraction(rows_of_runs(mine))
-    return {'data': name, 'encoder': called} | {f'{100 * f:g} %': cell(d) for f, d in draw_differences(mine, theirs).items()} | {'seeds': counted(mine, groups[max(groups)])}
+    return {'data': name, 'encoder': called} | {f'{100 * f:g} %': count(d) for f, d in draw_differences(mine, theirs).items()} | {'seeds': counted(mine, groups[max(groups)])}
 
 def draw_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:str, against:str|None=None)->list[dict]: # a row a data set and arm; against the first arm if None
     "Draw by draw, each arm against one of them."
     base = next(a for a in table.arms if a.name == (against or table.arms[0].name))
-    return [draw_row(name, f'{arm.name} − {base.name}', mine, theirs) for arm in table.arms if arm is not base
-            for name, mine, theirs in both_of(r, found, table, arm, base, task)]
+    return by_data(r, table, [draw_row(name, f'{arm.name} − {base.name}', mine, theirs) for arm in table.arms if arm is not base
+                              for name, mine, theirs in both_of(r, found, table, arm, base, task)])
 
 # %% ../../nbs/reporting/49_results.ipynb #c119
 FEW = 100 # labelled films, with fewer of which one training decides nothing
@@ -155,6 +158,10 @@ def verdict(intervals:Sequence[tuple[float, float]], # low and high end of the d
     above, below = any(low > 0 for low, _ in intervals), any(high < 0 for _, high in intervals)
     if above and below: return 'depends on the share of labels'
     return 'holds' if above else 'the opposite holds' if below else 'cannot be told'
+
+def deciding(runs:Sequence[Run])->list[float]: # all shares of the labels, but from one training only those of enough films
+    "The shares of the labels that a verdict looks at."
+    return [f for f, rows in by_fraction(rows_of_runs(runs)).items() if len(runs) > 1 or np.mean([x['n_train'] for x in rows]) >= FEW]
 
 def count_ahead(mine:Sequence[Run], theirs:Sequence[Run])->int: # of as many trainings
     "In how many folds and seeds an arm is ahead of the other, with the most labels."
@@ -167,9 +174,8 @@ def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table)->list[dict
     for claim in (c for c in table.claims if {c.better, c.than} <= arms.keys()):
         for name, mine, theirs in both_of(r, found, table, arms[claim.better], arms[claim.than]):
             ends = differences(mine, theirs)
-            row, films = difference_row(name, {'claim': claim.says}, mine, ends), {f: np.mean([x['n_train'] for x in g]) for f, g in by_fraction(rows_of_runs(mine)).items()}
-            said = verdict([d[1:] for f, d in ends.items() if len(mine) > 1 or films[f] >= FEW]) + (', one training' if len(mine) == 1 else '')
-            out.append(row | {'ahead': f'{count_ahead(mine, theirs)} of {len(mine)}', 'verdict': said})
+            row, ahead = difference_row(name, {'claim': claim.says}, mine, ends), f'{count_ahead(mine, theirs)} of {len(mine)}'
+            out.append(row | {'ahead': ahead, 'verdict': verdict([ends[f][1:] for f in deciding(mine)]) + (', one training' if len(mine) == 1 else '')})
     return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c020
