@@ -49,7 +49,7 @@ def no_dropout(folder):
 
 for image, more in ('resnet-tiny', {}), ('vit-tiny', dict(objective='gloria')):
     settings = make_settings('tiny', image_encoder=image, text_encoder=no_dropout(root/'text'), batch_size=8, stage1_epochs=4, stage2_epochs=4, clusters=4,
-                             cluster_start=1.1, cluster_rate=.05, margin_weight=1., keep='last', **more)
+                             cluster_start=1.1, cluster_rate=.05, cluster_update='sum', margin_weight=1., keep='last', **more)
     run_once(root/image, 'pretrain', {}, lambda folder: pretrain(settings, train, validation, folder, [DiesOnce()])[1], together=True)
 """
 
