@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['READABLE', 'OBJECTIVES', 'ImageEmbedding', 'ReportEmbedding', 'number_words', 'Objective', 'pad_to_longest',
            'gather_pairs', 'find_objective', 'read_value', 'known_options', 'read_options', 'make_objective',
-           'objective_code']
+           'as_written', 'objective_code']
 
 # %% ../nbs/core/05a_objectives.ipynb #c002
 import hashlib
 import inspect
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import NamedTuple
@@ -153,12 +154,18 @@ def make_objective(name:str, # a key of `OBJECTIVES`, or 'module.Class'
     return kind(config, grid, **read_options(options, kind))
 
 # %% ../nbs/core/05a_objectives.ipynb #c024
+def as_written(member, # what stands in a class
+)->str: # the source of a method, static or not, or a property; of anything else its value
+    "How a member of a class is written."
+    member = getattr(member, '__func__', getattr(member, 'fget', member))
+    return inspect.getsource(member) if inspect.isfunction(member) else re.sub(' at 0x[0-9a-f]+', '', repr(member)) # no addresses, which change
+
 def objective_code(name:str, # a key of `OBJECTIVES`, or 'module.Class'
-)->dict: # nothing for those of the library; otherwise `objective_code`, a hash of its methods as written
+)->dict: # nothing for those of the library; otherwise `objective_code`, a hash of its methods and constants as written
     "What a run depends on besides the name of its objective. Raises ValueError when the source cannot be read."
     kind = find_objective(name)
     own = [c for c in kind.__mro__ if c.__module__.split('.')[0] not in ('cmcgns', 'torch', 'builtins')]
-    try: source = [inspect.getsource(f) for c in own for f in vars(c).values() if inspect.isfunction(f)]
+    try: source = [as_written(m) for c in own for name, m in vars(c).items() if inspect.isfunction(m) or not name.startswith('__')]
     except OSError as error: raise ValueError(f"the source of the objective {name!r} cannot be read ({error}): put the class into a module") from error
     text = '\n'.join([*source, repr((kind.reads, dict(kind.weights), kind.second_stage))])
     return dict(objective_code=hashlib.sha256(text.encode()).hexdigest()[:12]) if own else {}
