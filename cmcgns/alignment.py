@@ -111,8 +111,10 @@ class Predictor(nn.Sequential):
 def matched_cosines(x:Tensor, y:Tensor, # (..., d)
                     eps:float=1e-8, # the least that is divided by
 )->Tensor: # (...)
-    "Cosine of each row of `x` with the same row of `y`."
-    return torch.linalg.vecdot(x, y) / (torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)).clamp(min=eps)
+    "Cosine of each row of `x` with the same row of `y`, in full precision also under autocast."
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = full_precision(x), full_precision(y)
+        return torch.linalg.vecdot(x, y) / (torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)).clamp(min=eps)
 
 def simsiam_loss(local:Tensor, # patch features, (b, p, d)
                  told:Tensor, # the same patches told by the report, (b, p, d)
