@@ -39,10 +39,10 @@ from .alignment import full_precision
 from .encoders import ENCODERS, TextEncoder, feature_grid, freeze, image_config, quiet_transformers
 from .files import broken_seal, check_seal, seal, writing
 from .image import augment, centre_crop, normalise
-from .model import CMCGNS, SECOND_STAGE, Method, build_model, embed_at_once, load_model, next_stage, replace_fields
+from .model import CMCGNS, SECOND_STAGE, Method, build_model, embed_at_once, find_sentences, load_model, next_stage, replace_fields
 from .objectives import OBJECTIVES, find_objective, number_words, read_options, read_value
 from .processes import add_up, n_processes, share_norms
-from .reconstruction import count_doublings
+from .reconstruction import check_masking, count_doublings
 from .text import encode_reports, load_tokenizer, train_tokenizer
 
 # %% ../nbs/core/07_pretraining.ipynb #c005
@@ -125,6 +125,9 @@ def check_settings(s:Settings):
         if getattr(s, name) not in known: raise ValueError(f"{name}={getattr(s, name)}: known are {', '.join(known)}")
     for name in POSITIVE:
         if not getattr(s, name) > 0: raise ValueError(f"{name}={getattr(s, name)}: expected more than 0")
+    for name in 'stage2_epochs', 'warmup_epochs':
+        if not getattr(s, name) >= 0: raise ValueError(f"{name}={getattr(s, name)}: expected 0 or more")
+    check_masking(s.mask_share, s.mask_by)
     if s.freeze_text and s.text_encoder in ENCODERS['text']: raise ValueError(f"freeze_text=True: text_encoder={s.text_encoder} starts from scratch and has to learn; name a folder or a hub id")
     if s.compile and torch.__version__.startswith('2.6.'): raise ValueError(f"compile=True: torch {torch.__version__} cannot translate these encoders; install a newer one")
     if s.embed_at_once < 0: raise ValueError(f"embed_at_once={s.embed_at_once}: expected 0 for the whole batch, or a number of pairs")
@@ -199,8 +202,7 @@ class Pairs(Dataset):
 def count_sentences(sentence_ids:Tensor, # the sentence of each token, 0 for none, (b, t)
 )->dict[str, Tensor]: # `exists`, (b, m), bool; `rows`, where it is true, (N,)
     "What the model could find out by itself, but a GPU would have to be waited for."
-    n = sentence_ids.amax(1) # (b,)
-    exists = torch.arange(int(n.max())) < n[:, None] # (b, m)
+    exists = find_sentences(sentence_ids) # (b, m); a sentence without a token is none
     return dict(exists=exists, rows=exists.flatten().nonzero()[:, 0])
 
 def collate(items)->dict[str, Tensor]:

@@ -79,9 +79,14 @@ def test_stage_2_starts_from_what_stage_1_keeps(tmp_path, keep, pick):
 
 
 def test_the_search_for_the_best_starts_anew_with_the_clusters(tmp_path):
-    settings = make_settings("tiny", stage1_epochs=3, stage2_epochs=0, cluster_start=1.1, clusters=4, lr=1e-6)
-    model, _ = pretrain(settings, corpus(48), corpus(16, 1), tmp_path)
-    assert model.contrast.sampler.started
+    "The loss rises where hard negatives join: without a new start the epoch before them would stay the best."
+    data, validation = corpus(48), corpus(16, 1)
+    n = sum(map(len, data.reports))
+    settings = make_settings("tiny", stage1_epochs=1, stage2_epochs=0, cluster_start=1.1, clusters=n + 8, lr=1e-6)
+    assert not pretrain(settings, data, validation, tmp_path / "one")[0].contrast.sampler.started # the buffer fills in the second epoch
+    model, logs = pretrain(replace(settings, stage1_epochs=3), data, validation, tmp_path / "three")
+    losses = [row["eval_loss"] for row in logs["stage1"] if "eval_loss" in row]
+    assert min(losses) == losses[0] and model.contrast.sampler.started
 
 
 def test_a_half_deleted_checkpoint_does_not_count(tmp_path):

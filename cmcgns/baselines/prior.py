@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..alignment import CrossAttention, Predictor, cosines, global_contrast, simsiam_loss
+from ..alignment import CrossAttention, Predictor, cosines, full_precision, global_contrast, simsiam_loss
 from .mgca import token_contrast
 from ..model import make_reconstruction, rebuild
 from ..objectives import ImageEmbedding, Objective, ReportEmbedding
@@ -108,6 +108,8 @@ class PRIOR(Objective):
                  global_weight:float=10., memory_weight:float=10., sentence_weight:float=10., rebuild_weight:float=1., # in stage 2
     ):
         super().__init__(config, grid)
+        for name, n in dict(prototypes=prototypes, queries=queries, layers=layers).items():
+            if n < 1: raise ValueError(f"{name}={n}: expected at least 1")
         c = config
         self.log_scale, self.sentence_log_scale = (nn.Parameter(torch.tensor(math.log(1 / t))) for t in (c.global_temperature, c.sentence_temperature))
         self.attention, self.predictor = CrossAttention(c.width), Predictor(c.width, norm=c.predictor_norm)
@@ -121,7 +123,7 @@ class PRIOR(Objective):
         x, exists, more = report.local, report.exists, {}
         if self.config.stage == 2:
             said = torch.zeros_like(x).masked_scatter(exists[..., None], self.memory(x[exists]).to(x.dtype)) # (b, m, d)
-            more = dict(memory=(said - x)[exists].abs().mean(), **set_losses(self.writer(image.local), said, x, exists, self.memory))
+            more = dict(memory=full_precision(said - x)[exists].abs().mean(), **set_losses(self.writer(image.local), said, x, exists, self.memory))
             if self.align_memory: x = said
         by_image, by_report = self.attention(x, image.local, exists) # (b, m, d), (b, p, d)
         if self.config.stage == 2: more |= rebuild(self.reconstruction, image, by_report, self.config.rebuild_over)
