@@ -6,7 +6,7 @@
 __all__ = ['ASKED', 'PARTIAL', 'OWN_PARTS', 'HEADS', 'LABELLED', 'TASKS', 'DATASET_SETTINGS', 'corpus_of', 'pretrain_config',
            'with_same_stage1', 'pretrain_run', 'settings_of', 'load_run', 'untrained', 'model_to_ask', 'Question',
            'settle', 'head_settings', 'classify', 'detect', 'segment', 'retrieve', 'ask_in_words', 'ground', 'audit',
-           'ask', 'evaluation_config', 'evaluate_run', 'problem_of', 'settings_for', 'end_to_end']
+           'ask', 'evaluation_config', 'evaluate_run', 'settings_for', 'end_to_end', 'problem_of']
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c002
 import sys
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
+from ..data.check import find_datasets
 from ..data.studies import label_array
 from ..encoders import IMAGE_ENCODERS
 from ..evaluation.classification import evaluate_fractions, extract_features
@@ -208,21 +209,6 @@ def evaluate_run(problem:Problem, # what to evaluate on
 DATASET_SETTINGS = {('laptop', 'covid_cxr'): dict(image_encoder='resnet-tiny', lr=1e-3, stage1_epochs=10, stage2_epochs=20,
                                                   zoom=.5, jitter=.4, keep='last')} # where the preset's own do not fit the data set
 
-def problem_of(run:Run, # a pre-training run
-               data_root, # where real data lie, or None for the synthetic world
-               cache, # as for `open_problem`
-               dataset:str|None=None, # which of several data sets in the folder
-               split:str='ours', # of another data set; on its own, a run keeps its split
-)->Problem:
-    "What to evaluate a run on: its own data, whose split it keeps, or another data set. Raises `ValueError` if its own have changed."
-    data, settings = run.config['data'], run.config['settings']
-    key = choose_dataset(data_root, dataset)[0] if data_root else 'synthetic'
-    own = key == data['dataset'].removeprefix('synthetic ')
-    n = sum(data['counts'].values()) if own else SYNTHETIC_STUDIES['laptop']
-    problem = open_problem(data_root, cache, settings['store_size'], n, dataset=key if data_root else None, split=data['how'] if own else split)
-    if own and problem_config(problem) != data: raise ValueError(f"{run.folder.name} was trained on other studies, or another split, than those found now: its training patients could be in the test part")
-    return problem
-
 def settings_for(preset:str, # a name of `PRESETS`
                  key:str, # 'synthetic', or a key of `DATASETS`
                  published:bool=False, # with the behaviours of the published code
@@ -238,3 +224,22 @@ def end_to_end(problem:Problem, # what to train and evaluate on
     "Both stages and both probes: found, or computed now."
     trained = pretrain_run(problem, settings, runs)
     return trained, evaluate_run(problem, settings, None, runs), evaluate_run(problem, settings, trained, runs)
+
+# %% ../../nbs/reporting/41b_experiments.ipynb #c0b2
+def problem_of(run:Run, # a pre-training run
+               data_root, # where real data lie, or None for the synthetic world
+               cache, # as for `open_problem`
+               dataset:str|None=None, # which of several data sets in the folder, its own if None and there; 'synthetic' without a folder
+               split:str='ours', # of another data set; on its own, a run keeps its split
+)->Problem:
+    "What to evaluate a run on: its own data, whose split it keeps, or another data set. Raises `ValueError` if its own have changed, or are nowhere."
+    data, settings = run.config['data'], run.config['settings']
+    home = data['dataset'].removeprefix('synthetic ')
+    if not data_root and (wanted := dataset or home) != 'synthetic': raise ValueError(f"{run.folder.name} was trained on {data['dataset']}: give the folder of {wanted} with --data-root, or ask the synthetic world with --dataset synthetic")
+    if data_root and not dataset and home in find_datasets(data_root): dataset = home
+    key = choose_dataset(data_root, dataset)[0] if data_root else 'synthetic'
+    own = key == home
+    n = sum(data['counts'].values()) if own else SYNTHETIC_STUDIES['laptop']
+    problem = open_problem(data_root, cache, settings['store_size'], n, dataset=key if data_root else None, split=data['how'] if own else split)
+    if own and problem_config(problem) != data: raise ValueError(f"{run.folder.name} was trained on other studies, or another split, than those found now: its training patients could be in the test part")
+    return problem

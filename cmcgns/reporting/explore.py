@@ -43,7 +43,7 @@ from ..text import note_sentences
 
 # %% ../../nbs/reporting/47_explore.ipynb #c005
 class Opened(NamedTuple):
-    "A finished pre-training, and what it was trained on."
+    "A finished pre-training, and the data it is asked about."
     run: Run
     problem: Problem
     model: CMCGNS # in evaluation mode
@@ -51,6 +51,11 @@ class Opened(NamedTuple):
 
     @property
     def test(self)->list[int]: return self.problem.rows('test', lambda s: bool(s.sentences)) # positions of the studies that nobody learned from
+
+    @property
+    def trained_on(self)->str: # for a caption
+        data = self.run.config['data']
+        return f"{data['dataset']}, {data['counts']['train']} studies"
 
     def films(self, at:Sequence[int], # positions of studies
     )->Tensor: # as the model sees them, in [-1, 1], (n, 1, s, s)
