@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC_STUDIES', 'SHARES', 'TARGETS', 'PARTS', 'READ', 'STAND_IN_SEED', 'Problem', 'choose_dataset',
-           'complete_split', 'draw_split', 'find_copies', 'part_copies', 'open_problem', 'leave_out', 'problem_config',
-           'stand_in']
+           'complete_split', 'check_split', 'draw_split', 'find_copies', 'part_copies', 'open_problem', 'leave_out',
+           'problem_config', 'stand_in']
 
 # %% ../../nbs/reporting/41a_problems.ipynb #c002
 import hashlib
@@ -91,6 +91,17 @@ def complete_split(split:Split, # a published one, with two or three parts
         parts |= split_studies([s for s in studies if s.id in train], dict(train=.9, validation=.1), by=by).parts
     return Split({k: parts[k] for k in ('train', 'validation', 'test')}, by=split.by)
 
+# %% ../../nbs/reporting/41a_problems.ipynb #c0c1
+def check_split(how:str, # as for `draw_split`
+                key:str, # 'synthetic', or a key of `DATASETS`
+):
+    "Raise a `ValueError` for a name that is no split, or several."
+    if re.fullmatch(r'\d+folds', how): raise ValueError(f"{how} are several splits, which reproduce goes through; here name one, like fold1of{how.removesuffix('folds')}")
+    if how in ('ours', 'image-level') or re.fullmatch(r'fold\d+of\d+', how): return
+    kind, known = DATASETS.get(key), "known are ours, fold1of5 and the like, image-level"
+    if kind is None: raise ValueError(f"unknown split {how!r} for synthetic films: {known}")
+    if how == 'published' and kind.published is None: raise ValueError(f"the publisher of {key} ships no split: {known}, and published lists by name or path")
+
 # %% ../../nbs/reporting/41a_problems.ipynb #c013
 def draw_split(key:str, # 'synthetic', or a key of `DATASETS`
                place:Path|None, # where it lies
@@ -99,14 +110,14 @@ def draw_split(key:str, # 'synthetic', or a key of `DATASETS`
                seed:int=0, # of our split
 )->Split: # train, validation and test
     "The split that was asked for; patients in two parts are refused in ours, and counted on stderr in others."
+    check_split(how, key)
     kind, shares = DATASETS.get(key), SHARES.get(key, dict(train=.7, validation=.1, test=.2))
     by = kind.by if kind else 'patient'
     if how == 'ours': return split_studies(studies, shares, by=by, stratify=TARGETS[key][0], seed=seed)
     if m := re.fullmatch(r'fold(\d+)of(\d+)', how): return split_fold(studies, int(m[1]), int(m[2]), by=by, stratify=TARGETS[key][0], seed=seed)
     if how == 'image-level': split = split_by_image_leaky(studies, shares, stratify=TARGETS[key][0], seed=seed)
-    elif how != 'published': split = complete_split(read_published_split(how, studies, root=place.parent), studies, by)
-    elif kind is None or kind.published is None: raise ValueError(f"the publisher of {key} ships no split: known are 'ours', 'fold1of5' and the like, 'image-level', and published lists by name or path")
-    else: split = complete_split(kind.published(place), studies, by)
+    elif how == 'published': split = complete_split(kind.published(place), studies, by)
+    else: split = complete_split(read_published_split(how, studies, root=place.parent), studies, by)
     print(f"split {how}: {leak(studies, split)}", file=sys.stderr)
     return split
 
@@ -148,9 +159,10 @@ def open_problem(data_root, # a folder with real data, or None for the synthetic
                  split:str='ours', # as for `draw_split`
 )->Problem:
     "A data set made ready; images that cannot be read are counted, said, and left out."
-    if data_root is None: key, place, studies = 'synthetic', None, synthesize(synthetic_studies, cache, size=store_size, masks=True)
+    key, place = choose_dataset(data_root, dataset) if data_root is not None else ('synthetic', None)
+    check_split(split, key)
+    if place is None: studies = synthesize(synthetic_studies, cache, size=store_size, masks=True)
     else:
-        key, place = choose_dataset(data_root, dataset)
         found = DATASETS[key].scan(place, **READ.get(key, {}))
         print(found, file=sys.stderr)
         studies = found.studies
