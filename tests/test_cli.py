@@ -38,13 +38,13 @@ def refused(done, *words):
     (["pretrain", "--split", "5folds"], ["5folds are several splits, which reproduce goes through; here name one, like fold1of5"]),
     (["evaluate", "random", "--split", "fodl1of5"], ["unknown split 'fodl1of5' for synthetic films: known are ours, fold1of5 and the like, image-level"]),
     (["reproduce", "--split", "lovt/rsna"], ["unknown split 'lovt/rsna' for synthetic films"]),
-    (["evaluate", "pretrain-000"], ["0 runs in", "cmcgns runs"]),
+    (["evaluate", "pretrain-000"], ["no run in runs begins with 'pretrain-000': `cmcgns runs --runs runs` lists them"]),
     (["pretrain", "--preset", "tiny", "--set", "mask_by=regoin"], ["mask_by=regoin: known are region, channel"]),
     (["pretrain", "--preset", "tiny", "--set", "image_size=72"], ["cannot double to 72 pixels"]),
     (["reproduce", "--preset", "tiny", "--only-real"], ["none of mimic_cxr, covid_cxr, openi is there", "--only-real forbids"]),
     (["reproduce", "--tables", "table_9"], ["0 pages begin with 'table_9'", "table_1_classification"]),
     (["reproduce", "--seeds", "one"], ["'one': expected numbers separated by commas"]),
-    (["export", "pretrain", "--to", "x"], ["0 runs in"]),
+    (["export", "pretrain", "--to", "x"], ["no run in runs begins with 'pretrain'"]),
     (["bench", "tail"], ["unknown benchmark 'tail'", "head"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, tmp_path, monkeypatch, capfd):

@@ -157,12 +157,13 @@ def show_pages(r, pages, place:Path, tables:str):
 # %% ../../nbs/reporting/4b_cli.ipynb #c016
 @app.command('runs')
 def runs_command(runs:Runs=Path('runs')):
-    "List the finished runs, oldest first."
+    "List the finished runs, oldest first: name, data and split, preset and what was changed in it, seed, whose encoder was asked, seconds."
+    from cmcgns.reporting.experiments import describe_run
     from cmcgns.reporting.runs import list_runs
     found = list_runs(runs)
     for run in found:
-        c, e = run.config, run.read('environment')
-        typer.echo(f"{run.folder.name}  {c['data']['dataset']}  {c['settings']['image_encoder']}  seed {c['settings']['seed']}  {e['seconds']:.0f} s")
+        seconds = run.read('environment')['seconds']
+        typer.echo(f"{describe_run(run)}  {seconds:.0f} s")
     if not found: typer.echo(f"no finished runs in {runs}")
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c016a

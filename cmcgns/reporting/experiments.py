@@ -6,7 +6,8 @@
 __all__ = ['ASKED', 'PARTIAL', 'OWN_PARTS', 'HEADS', 'LABELLED', 'TASKS', 'DATASET_SETTINGS', 'corpus_of', 'pretrain_config',
            'with_same_stage1', 'pretrain_run', 'settings_of', 'load_run', 'untrained', 'model_to_ask', 'Question',
            'settle', 'head_settings', 'classify', 'detect', 'segment', 'retrieve', 'ask_in_words', 'ground', 'audit',
-           'ask', 'evaluation_config', 'evaluate_run', 'settings_for', 'end_to_end', 'problem_of']
+           'ask', 'evaluation_config', 'evaluate_run', 'settings_for', 'end_to_end', 'problem_of', 'nearest_preset',
+           'in_short', 'describe_run']
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c002
 import sys
@@ -29,7 +30,7 @@ from ..evaluation.zero_shot import evaluate_grounding, evaluate_zero_shot
 from ..files import check_seal
 from ..model import CMCGNS, PUBLISHED, load_model
 from ..objectives import objective_code
-from ..pretraining import Corpus, Settings, first_stage, make_settings, make_tokenizer, pretrain, start_stage
+from ..pretraining import PRESETS, Corpus, Settings, first_stage, make_settings, make_tokenizer, pretrain, start_stage
 from .problems import SYNTHETIC_STUDIES, Problem, choose_dataset, open_problem, problem_config
 from .runs import Run, environment, list_runs, run_name, run_once
 from ..text import encode_reports, load_tokenizer
@@ -243,3 +244,25 @@ def problem_of(run:Run, # a pre-training run
     problem = open_problem(data_root, cache, settings['store_size'], n, dataset=key if data_root else None, split=data['how'] if own else split)
     if own and problem_config(problem) != data: raise ValueError(f"{run.folder.name} was trained on other studies, or another split, than those found now: its training patients could be in the test part")
     return problem
+
+# %% ../../nbs/reporting/41b_experiments.ipynb #c0d1
+def nearest_preset(settings:dict, # of a run
+)->tuple[str, dict]: # the preset's name, with the data set it was adapted to; the fields that are otherwise
+    "The preset that settings are closest to, and what they change in it."
+    known = {p: make_settings(p) for p in PRESETS} | {f'{p} for {key}': settings_for(p, key) for p, key in DATASET_SETTINGS}
+    changes = {name: {k: v for k, v in settings.items() if k != 'seed' and v != getattr(s, k, None)} for name, s in known.items()}
+    return min(changes.items(), key=lambda item: len(item[1]))
+
+def in_short(changes:dict, most:int=4)->str: # '' if there are none
+    "The first few changes, as they are written on the command line."
+    said = [f"{k}={','.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in changes.items()]
+    return ', '.join(said[:most] + ([f'{len(said) - most} more'] if len(said) > most else []))
+
+def describe_run(run:Run)->str: # one line
+    "What tells a run from the like: its data and split, its preset with what was changed, and whose encoder was asked, and how."
+    c, (preset, changes) = run.config, nearest_preset(run.config['settings'])
+    words = [run.folder.name, f"{c['data']['dataset']}, {c['data']['how']}", preset + (f': {in_short(changes)}' if changes else ''), f"seed {c['settings']['seed']}"]
+    usual = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(Question()).items()}
+    asked = {k: v for k, v in c.get('question', {}).items() if k not in ('task', 'targets') and v != usual.get(k)}
+    if encoder := c.get('encoder') or c.get('trained'): words.append(f'of {encoder}' + (f', {in_short(asked)}' if asked else ''))
+    return '  '.join(words)

@@ -246,7 +246,7 @@ def describe_job(r:Reproduction, job:Job)->str:
 def describe_plan(r:Reproduction, jobs:Sequence[Job])->str:
     "What is there, what would run, and for how long."
     missing, seconds = [j for j in jobs if not j.done(r)], estimate(r, jobs)
-    lines = [f"{j.name}  {j.arm.name}, {describe_job(r, j)}" for j in missing]
+    lines = [f"{'to do' if j in missing else 'there'}  {j.name}  {j.arm.name}, {describe_job(r, j)}" for j in jobs]
     how_long = 'nothing of the kind has run here yet, so nobody knows how long' if seconds is None else f'about {seconds / 60:.0f} minutes'
     return '\n'.join([*lines, f"{len(jobs)} runs, {len(jobs) - len(missing)} of them there, {len(missing)} to do" + (f": {how_long}" if missing else '')])
 

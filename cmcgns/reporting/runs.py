@@ -94,5 +94,6 @@ def find_run(root, # folder of all runs
 )->Run:
     "The one run whose name begins so; a `ValueError` tells when there is none, or more."
     found = [r for r in list_runs(root) if r.folder.name.startswith(name)]
-    if len(found) != 1: raise ValueError(f"{len(found)} runs in {root} begin with {name!r}; `cmcgns runs` lists them")
+    if not found: raise ValueError(f"no run in {root} begins with {name!r}: `cmcgns runs --runs {root}` lists them")
+    if len(found) > 1: raise ValueError(f"{len(found)} runs in {root} begin with {name!r}, like {', '.join(r.folder.name for r in found[:5])}: give more of the name")
     return found[0]
