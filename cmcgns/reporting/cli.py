@@ -168,7 +168,8 @@ def runs_command(runs:Runs=Path('runs')):
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c016a
 @app.command('verify')
-def verify_command(run:Annotated[str, typer.Argument(help="beginning of a run's name")], data_root:DataRoot=None, runs:Runs=Path('runs'), cache:Cache=Path('cache'),
+def verify_command(run:Annotated[str, typer.Argument(help="beginning of a run's name")],
+                   data_root:Annotated[Optional[Path], typer.Option(help="folder with the real data of the run; none for a synthetic one")]=None, runs:Runs=Path('runs'), cache:Cache=Path('cache'),
                    within:Annotated[float, typer.Option(help="numbers may differ by so much")]=1e-5):
     "Compute a finished run once more, and say what differs; exit status 1 if it does not hold."
     from cmcgns.reporting.runs import find_run
