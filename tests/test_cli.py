@@ -43,6 +43,7 @@ def refused(done, *words):
     (["pretrain", "--preset", "tiny", "--set", "image_size=72"], ["cannot double to 72 pixels"]),
     (["reproduce", "--preset", "tiny", "--only-real"], ["none of mimic_cxr, covid_cxr, openi is there", "--only-real forbids"]),
     (["reproduce", "--tables", "table_9"], ["0 pages begin with 'table_9'", "table_1_classification"]),
+    (["reproduce", "--tables", "report_statistics"], ["report_statistics needs no runs", "run papermill"]),
     (["reproduce", "--seeds", "one"], ["'one': expected numbers separated by commas"]),
     (["export", "pretrain", "--to", "x"], ["no run in runs begins with 'pretrain'"]),
     (["bench", "tail"], ["unknown benchmark 'tail'", "head"]),
@@ -157,10 +158,10 @@ def test_a_reproduction_killed_at_any_moment_goes_on(reproduced, tmp_path):
 @pytest.mark.slow
 @pytest.mark.xdist_group("reproduced")
 def test_a_page_by_hand(reproduced, tmp_path):
-    "papermill in a folder of its own, with runs that are there."
+    "papermill in a folder of its own, with runs that are there; one seed comes as a number."
     folder, _ = reproduced
     done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs" / "reproduce" / "table_5_negatives.ipynb"), "out.ipynb", "-p", "preset", "tiny", "-p", "runs", str(folder / "runs"),
-                           "-p", "cache", str(folder / "cache")], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+                           "-p", "cache", str(folder / "cache"), "-p", "seeds", "42"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "table_5_negatives.md").exists() and (tmp_path / "out.ipynb").exists()
 

@@ -36,5 +36,12 @@ def test_reproduction_page_has_one_tagged_cell(page):
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
 
 
+@pytest.mark.parametrize("page", REPRODUCE, ids=str)
+def test_one_seed_may_come_as_a_number(page):
+    "papermill -p seeds 42 gives 42, not '42': a page takes the text of it."
+    cells = ["".join(c["source"]) for c in json.loads((ROOT / page).read_text())["cells"]]
+    assert not any("seeds.split" in s for s in cells) and (page.stem == "report_statistics" or any("str(seeds).split(',')" in s for s in cells))
+
+
 def test_there_are_pages():
     assert len(PAGES) > 10 and REPRODUCE

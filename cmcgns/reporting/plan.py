@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RANDOM', 'OURS', 'COMPARED', 'SINGLE', 'MAIN', 'GLOBAL', 'COMPONENTS', 'NEGATIVES', 'CORRECTIONS', 'RECONSTRUCTION',
            'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'GUESS', 'OTHERWISE', 'END_TO_END',
-           'ONE_RUN', 'FIGURES', 'PAGES', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table', 'applies', 'only_arms',
-           'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs', 'estimate', 'describe_job',
-           'describe_plan', 'run_jobs', 'choose_pages']
+           'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table', 'applies',
+           'only_arms', 'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs', 'estimate',
+           'describe_job', 'describe_plan', 'run_jobs', 'choose_pages']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
 import re
@@ -24,6 +24,7 @@ from ..data.check import find_datasets
 from ..model import PUBLISHED
 from ..pretraining import Settings, check_settings
 from .experiments import ASKED, OWN_PARTS, Question, ask, evaluate_run, evaluation_config, pretrain_config, pretrain_run, settings_for
+from .pages import page_path
 from .problems import SYNTHETIC_STUDIES, Problem, choose_dataset, open_problem, stand_in
 from .runs import Run, list_runs, run_name
 
@@ -266,6 +267,7 @@ END_TO_END = Table('End to end', (RANDOM, OURS), ON_CORPUS)
 ONE_RUN = Table('A figure', (OURS,), ())
 FIGURES = 'figure_training', 'figure_clusters', 'figure_attention', 'figure_reconstruction', 'figure_audit'
 PAGES = dict(end_to_end=END_TO_END, **TABLES, **dict.fromkeys(FIGURES, ONE_RUN))
+ALONE = 'report_statistics', # asks no model
 BRIEF = ('end_to_end', *list(TABLES)[:3], *FIGURES) # shown by default
 
 def choose_pages(names:str='main', # 'main', 'all', or names or beginnings of names, separated by commas
@@ -276,6 +278,7 @@ def choose_pages(names:str='main', # 'main', 'all', or names or beginnings of na
     found = {}
     for name in (n.strip() for n in names.split(',')):
         here = [k for k in PAGES if k.startswith(name)] if name else []
+        if alone := [k for k in ALONE if name and k.startswith(name)]: raise ValueError(f"{alone[0]} needs no runs, so reproduce leaves it out: open it in JupyterLab, or run papermill {page_path(alone[0])} {alone[0]}.ipynb -p data_root FOLDER")
         if len(here) != 1: raise ValueError(f"{len(here)} pages begin with {name!r}: known are main, all, {', '.join(PAGES)}")
         found[here[0]] = PAGES[here[0]]
     return found
