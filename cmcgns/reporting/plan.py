@@ -71,8 +71,8 @@ SINGLE = Arm('single-modal clusters (ClusterNS)', dict(cluster='single-modal'), 
 MAIN = RANDOM, *COMPARED, SINGLE, OURS
 GLOBAL = Arm('global contrast', dict(image_weight=0., report_weight=0., stage2_epochs=0), True, 'image against report as a whole')
 COMPONENTS = (RANDOM, GLOBAL, Arm('+ local image', dict(report_weight=0., stage2_epochs=0), True, 'and patches against patches told by the report'),
-              Arm('+ local report (CM-CGNS)', dict(stage2_epochs=0), True, 'and sentences against sentences told by the image, with hard and false negatives'),
-              OURS._replace(name='+ reconstruction (CM-MIR)', about='and hidden regions rebuilt: the whole method'))
+              Arm('+ local report', dict(stage2_epochs=0), True, 'and sentences against sentences told by the image, with hard and false negatives'),
+              OURS._replace(name='+ reconstruction (CM-CGNS)', about='and hidden regions rebuilt: the whole method'))
 
 # %% ../../nbs/reporting/48_plan.ipynb #c012
 NEGATIVES = (Arm('no clustering', dict(cluster='none'), True, 'all other sentences of the batch, as they come'), SINGLE, OURS._replace(name='cross-modal clusters (CM-CGNS)'),
