@@ -43,5 +43,12 @@ def test_one_seed_may_come_as_a_number(page):
     assert not any("seeds.split" in s for s in cells) and (page.stem == "report_statistics" or any("str(seeds).split(',')" in s for s in cells))
 
 
+@pytest.mark.parametrize("page", [p for p in REPRODUCE + PAGES if p.parent.name in ("reproduce", "explore") and "runs: str" in (ROOT / p).read_text()], ids=str)
+def test_page_says_where_the_runs_of_make_reproduce_lie(page):
+    "A kernel of JupyterLab starts in the page's own folder."
+    line = next(x for c in json.loads((ROOT / page).read_text())["cells"] if "parameters" in c["metadata"].get("tags", []) for x in c["source"] if x.startswith("runs: "))
+    assert "from JupyterLab, those of make reproduce lie in '../../runs'" in line and (ROOT / page).parent.parent.parent == ROOT
+
+
 def test_there_are_pages():
     assert len(PAGES) > 10 and REPRODUCE
