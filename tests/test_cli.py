@@ -11,6 +11,8 @@ import time
 import pytest
 from conftest import ROOT, cmcgns
 
+from cmcgns.data.check import write_layout
+from cmcgns.data.synthetic import synthesize
 from cmcgns.reporting.cli import main
 from cmcgns.reporting.plan import FIGURES, OURS, PAGES, TABLES, Reproduction, all_jobs, job_of
 from cmcgns.reporting.problems import open_problem
@@ -54,6 +56,17 @@ def test_mistakes_get_one_sentence(arguments, words, tmp_path, monkeypatch, capf
     with pytest.raises(SystemExit) as stopped:
         main()
     refused(subprocess.CompletedProcess(arguments, stopped.value.code, *capfd.readouterr()), *words)
+
+
+def test_only_real_data_and_some_are_missing(tmp_path, monkeypatch, capfd):
+    write_layout("covid_cxr", synthesize(12, tmp_path / "cache", size=48, masks=True), tmp_path / "data" / "covid")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cmcgns", "reproduce", "--preset", "tiny", "--data-root", "data", "--only-real"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    refused(subprocess.CompletedProcess([], stopped.value.code, *capfd.readouterr()), "chexpert, rsna, covidx, object_cxr, siim are not in data, and --only-real forbids stand-ins",
+            "put them there as data/README.md shows, or name pages that need no other data (--tables end_to_end,table_4,", "or leave out --only-real")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_mistake_ends_a_process_the_same_way(run_cmcgns):

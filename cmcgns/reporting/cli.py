@@ -126,11 +126,12 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
     from cmcgns.model import PUBLISHED
     from cmcgns.pretraining import parse_changes
     from cmcgns.reporting.pages import check_papermill
-    from cmcgns.reporting.plan import Reproduction, all_jobs, choose_pages, describe_plan, run_jobs
+    from cmcgns.reporting.plan import Reproduction, all_jobs, choose_pages, describe_plan, refuse_stand_ins, run_jobs
     check_papermill(); logging.set_verbosity_error(); logging.disable_progress_bar()
     pages = choose_pages(tables)
     changed = {k: str(Path(v).absolute()) if k.endswith('encoder') and Path(v).exists() else v for k, v in parse_changes(changes).items()}
     r = Reproduction(preset, data_root, runs, cache, numbers(seeds, int), only_real, split, dataset, (PUBLISHED if published else {}) | changed)
+    if only_real: refuse_stand_ins(r, pages)
     say(r.problem('corpus'))
     jobs = all_jobs(r, pages.values())
     if dry_run: typer.echo(describe_plan(r, jobs)); return

@@ -7,7 +7,7 @@ __all__ = ['RANDOM', 'OURS', 'COMPARED', 'SINGLE', 'MAIN', 'GLOBAL', 'COMPONENTS
            'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'GUESS', 'OTHERWISE', 'END_TO_END',
            'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table', 'applies',
            'only_arms', 'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs', 'estimate',
-           'describe_job', 'describe_plan', 'run_jobs', 'choose_pages']
+           'describe_job', 'describe_plan', 'run_jobs', 'choose_pages', 'lacking', 'refuse_stand_ins']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
 import re
@@ -282,3 +282,15 @@ def choose_pages(names:str='main', # 'main', 'all', or names or beginnings of na
         if len(here) != 1: raise ValueError(f"{len(here)} pages begin with {name!r}: known are main, all, {', '.join(PAGES)}")
         found[here[0]] = PAGES[here[0]]
     return found
+
+# %% ../../nbs/reporting/48_plan.ipynb #c0e1
+def lacking(r:Reproduction, table:Table)->list[str]: # keys of `DATASETS`
+    "The data sets that a table asks for and that are not there."
+    return list(dict.fromkeys(data for data, _ in r.asked(table) if data not in ('corpus', *r.found)))
+
+def refuse_stand_ins(r:Reproduction, pages:Mapping[str, Table])->None: # of `choose_pages`
+    "Raise a `ValueError` if only real data are wanted, and some are not there."
+    if not (missing := list(dict.fromkeys(k for t in pages.values() for k in lacking(r, t)))): return
+    without = [re.match(r'table_\d+|.*', name)[0] for name, table in PAGES.items() if not lacking(r, table)]
+    raise ValueError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in {r.data_root}, and --only-real forbids stand-ins: "
+                     f"put {'it' if len(missing) == 1 else 'them'} there as data/README.md shows, or name pages that need no other data (--tables {','.join(without)}), or leave out --only-real")
