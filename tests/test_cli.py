@@ -30,6 +30,8 @@ def refused(done, *words):
     (["reproduce", "--data-root", "nowhere"], ["nowhere: there is no such folder"]),
     (["pretrain", "--preset", "tiny", "--data-root", "."], ["none of covid_cxr, openi", "data/README.md"]),
     (["pretrain", "--preset", "tiny", "--data-root", ".", "--dataset", "rnsa"], ["unknown data set 'rnsa'", "rsna"]),
+    (["pretrain", "--dataset", "covid_cxr"], ["covid_cxr is a data set of real films: give its folder with --data-root"]),
+    (["reproduce", "--dataset", "openi"], ["openi is a data set of real films: give its folder with --data-root"]),
     (["data", "check", "nowhere"], ["nowhere: there is no such folder"]),
     (["data", "check", "."], ["none of covid_cxr, openi"]),
     (["data", "synthesize", "x", "--layout", "nih"], ["unknown layout 'nih'", "chexpert"]),

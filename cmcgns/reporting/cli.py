@@ -58,7 +58,7 @@ def prepare(preset:str, # a name of `PRESETS`
     from cmcgns.reporting.problems import SYNTHETIC_STUDIES, choose_dataset, open_problem
     logging.set_verbosity_error(); logging.disable_progress_bar()
     changed = parse_changes(changes) | ({} if seed is None else dict(seed=seed))
-    key = choose_dataset(data_root, dataset)[0] if data_root else 'synthetic'
+    key = choose_dataset(data_root, dataset)[0]
     settings = settings_for(preset, key, published, **changed)
     check_settings(settings)
     problem = open_problem(data_root, cache, settings.store_size, SYNTHETIC_STUDIES.get(preset, 1600), dataset=key if data_root else None, split=split)
@@ -126,9 +126,11 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
     from cmcgns.model import PUBLISHED
     from cmcgns.pretraining import parse_changes
     from cmcgns.reporting.pages import check_papermill
+    from cmcgns.reporting.problems import choose_dataset
     from cmcgns.reporting.plan import Reproduction, all_jobs, choose_pages, describe_plan, refuse_stand_ins, run_jobs
     check_papermill(); logging.set_verbosity_error(); logging.disable_progress_bar()
     pages = choose_pages(tables)
+    if dataset: choose_dataset(data_root, dataset)
     changed = {k: str(Path(v).absolute()) if k.endswith('encoder') and Path(v).exists() else v for k, v in parse_changes(changes).items()}
     r = Reproduction(preset, data_root, runs, cache, numbers(seeds, int), only_real, split, dataset, (PUBLISHED if published else {}) | changed)
     if only_real: refuse_stand_ins(r, pages)

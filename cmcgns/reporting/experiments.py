@@ -238,7 +238,7 @@ def problem_of(run:Run, # a pre-training run
     home = data['dataset'].removeprefix('synthetic ')
     if not data_root and (wanted := dataset or home) != 'synthetic': raise ValueError(f"{run.folder.name} was trained on {data['dataset']}: give the folder of {wanted} with --data-root, or ask the synthetic world with --dataset synthetic")
     if data_root and not dataset and home in find_datasets(data_root): dataset = home
-    key = choose_dataset(data_root, dataset)[0] if data_root else 'synthetic'
+    key = choose_dataset(data_root or None, dataset)[0]
     own = key == home
     n = sum(data['counts'].values()) if own else SYNTHETIC_STUDIES['laptop']
     problem = open_problem(data_root, cache, settings['store_size'], n, dataset=key if data_root else None, split=data['how'] if own else split)

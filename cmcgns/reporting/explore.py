@@ -81,7 +81,7 @@ def open_run(runs, # folder of all runs
         run = find_run(runs, name)
         if (task := run.config['task']) != 'pretrain': raise ValueError(f"{run.folder.name} is a run of {task}: name a pretrain run")
         return Opened(run, problem_of(run, data_root, cache, dataset), *load_run(run))
-    key = choose_dataset(data_root, dataset)[0] if data_root else 'synthetic'
+    key = choose_dataset(data_root, dataset)[0]
     settings = settings_for(preset, key, **changes)
     problem = open_problem(data_root, cache, settings.store_size, SYNTHETIC_STUDIES.get(preset, 1600), dataset=key if data_root else None)
     run = pretrain_run(problem, settings, runs)

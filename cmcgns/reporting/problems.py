@@ -64,11 +64,13 @@ TARGETS = dict(synthetic=FINDINGS, covid_cxr=('COVID-19',), openi=('normal',), m
                covidx=('normal', 'pneumonia', 'COVID-19'), siim=('Pneumothorax',), object_cxr=('foreign object',)) # what the linear probe is asked
 
 # %% ../../nbs/reporting/41a_problems.ipynb #c008
-def choose_dataset(data_root, # a folder with real data
+def choose_dataset(data_root, # a folder with real data, or None for the synthetic world
                    dataset:str|None=None, # a key of `DATASETS`
-)->tuple[str, Path]: # its key, and where it lies
+)->tuple[str, Path|None]: # its key, and where it lies; 'synthetic' lies nowhere
     "The data set to use. Raises `ValueError` for one that is not there."
+    if data_root is None and dataset in (None, 'synthetic'): return 'synthetic', None
     if dataset is not None and dataset not in DATASETS: raise ValueError(f"unknown data set {dataset!r}: known are {', '.join(DATASETS)}")
+    if data_root is None: raise ValueError(f"{dataset} is a data set of real films: give its folder with --data-root, or do without --dataset")
     found = find_datasets(data_root)
     if dataset not in found and dataset is not None: raise ValueError(f"{data_root}: {dataset} is not there, but {', '.join(found)}; data/README.md shows what its folder looks like")
     key = dataset or next(iter(found))
@@ -159,7 +161,7 @@ def open_problem(data_root, # a folder with real data, or None for the synthetic
                  split:str='ours', # as for `draw_split`
 )->Problem:
     "A data set made ready; images that cannot be read are counted, said, and left out."
-    key, place = choose_dataset(data_root, dataset) if data_root is not None else ('synthetic', None)
+    key, place = choose_dataset(data_root, dataset)
     check_split(split, key)
     if place is None: studies = synthesize(synthetic_studies, cache, size=store_size, masks=True)
     else:
