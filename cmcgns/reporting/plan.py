@@ -7,7 +7,7 @@ __all__ = ['RANDOM', 'OURS', 'COMPARED', 'SINGLE', 'MAIN', 'GLOBAL', 'COMPONENTS
            'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'GUESS', 'OTHERWISE', 'END_TO_END',
            'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table', 'applies',
            'only_arms', 'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs', 'estimate',
-           'describe_job', 'describe_plan', 'run_jobs', 'choose_pages', 'lacking', 'refuse_stand_ins']
+           'describe_job', 'names_of', 'describe_plan', 'run_jobs', 'choose_pages', 'lacking', 'refuse_stand_ins']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
 import re
@@ -244,10 +244,15 @@ def describe_job(r:Reproduction, job:Job)->str:
     "What tells a job from the like."
     return f"seed {job.seed}" + (f", {job.split}" if len(r.splits) > 1 else '') + (f", {r.problem(job.data).name}" if job.question else '')
 
+def names_of(arm:Arm)->str:
+    "All names of a row in the tables."
+    same = [a.name for t in TABLES.values() for a in t.arms if (a.changes, a.trained) == (arm.changes, arm.trained)]
+    return ' | '.join(dict.fromkeys(same)) or arm.name
+
 def describe_plan(r:Reproduction, jobs:Sequence[Job])->str:
     "What is there, what would run, and for how long."
     missing, seconds = [j for j in jobs if not j.done(r)], estimate(r, jobs)
-    lines = [f"{'to do' if j in missing else 'there'}  {j.name}  {j.arm.name}, {describe_job(r, j)}" for j in jobs]
+    lines = [f"{'to do' if j in missing else 'there'}  {j.name}  {names_of(j.arm)}, {describe_job(r, j)}" for j in jobs]
     how_long = 'nothing of the kind has run here yet, so nobody knows how long' if seconds is None else f'about {seconds / 60:.0f} minutes'
     return '\n'.join([*lines, f"{len(jobs)} runs, {len(jobs) - len(missing)} of them there, {len(missing)} to do" + (f": {how_long}" if missing else '')])
 
