@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'NOTE', 'DataSet', 'write_covid_like', 'find_datasets', '
 # %% ../../nbs/data/1c_check.ipynb #c002
 import hashlib
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from .object_cxr import find_object_cxr, published_object_cxr, scan_object_cxr, 
 from .openi import find_openi, scan_openi, write_openi
 from .rsna import find_rsna, scan_rsna, write_rsna
 from .siim import find_siim, scan_siim, write_siim
-from .studies import Split, Study, shared_patients, write_atomically
+from .studies import Split, Study, shared_patients
 from ..image import ImageError, read_image
 
 # %% ../../nbs/data/1c_check.ipynb #c005
@@ -70,9 +71,12 @@ def write_layout(key:str, # of `DATASETS`
     if key not in DATASETS: raise ValueError(f"unknown data set {key!r}: known are {', '.join(DATASETS)}")
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()): raise ValueError(f"{folder}: it is not empty; give a new folder")
-    DATASETS[key].write(studies, folder)
-    if any(s.dataset == 'synthetic' for s in studies): write_atomically(folder/NOTE, f'Drawn by cmcgns in the layout of {key}. These are no patients.\n')
-    return folder
+    part = folder.with_name(f'{folder.name}.partial') # else an interrupted call would leave phantoms without the note
+    shutil.rmtree(part, ignore_errors=True)
+    DATASETS[key].write(studies, part)
+    if any(s.dataset == 'synthetic' for s in studies): (part/NOTE).write_text(f'Drawn by cmcgns in the layout of {key}. These are no patients.\n')
+    if folder.exists(): folder.rmdir()
+    return part.rename(folder)
 
 def is_synthetic(place:str|os.PathLike)->bool: # whether the data set in this folder was drawn
     return (Path(place)/NOTE).exists()
