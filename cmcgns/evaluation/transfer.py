@@ -348,11 +348,11 @@ def with_stratum(studies:Sequence[Study], # n studies
     return marked, 'stratum' if len(set(map(bool, yes))) == 2 else None
 
 def groups_of(studies:Sequence[Study], # in the order of the positions
-              split:Split, # by patient or by image
+              split:Split, # by patient, by image, or published
               rows:Sequence[int], # positions, usually of the test part
 )->np.ndarray: # what a bootstrap draws, one a position
     "Whose each study is: the patient's, or its own where images were split."
-    return np.array([studies[i].patient if split.by == 'patient' else studies[i].id for i in rows])
+    return np.array([studies[i].id if split.by == 'image' else studies[i].patient for i in rows])
 
 def over_fractions(fit:Callable, # (train, validation, test positions, seed) -> (dict of numbers, dict of arrays)
                    studies:Sequence[Study], # in the order of the positions
