@@ -6,8 +6,8 @@
 __all__ = ['MISLEADING', 'FEW', 'SIGNS', 'runs_of', 'fold_of', 'rows_of_runs', 'over_folds', 'cell', 'dig', 'tested', 'counted',
            'labelled_row', 'labelled_table', 'paired', 'signed', 'differences', 'difference_row', 'both_of', 'by_data',
            'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict', 'deciding', 'count_ahead',
-           'claim_table', 'told_apart', 'unlabelled_table', 'published_rows', 'latex', 'save_table', 'describe_split',
-           'describe_origin', 'describe_heads', 'save_result']
+           'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table', 'published_rows', 'latex',
+           'save_table', 'describe_split', 'describe_origin', 'describe_heads', 'save_result']
 
 # %% ../../nbs/reporting/49_results.ipynb #c002
 import csv
@@ -179,24 +179,29 @@ def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table)->list[dict
     return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c020
-def told_apart(rows:Sequence[Mapping])->list[str]: # keys of text by which the rows of one run differ
+def told_apart(rows:Sequence[Mapping])->list[str]: # keys of text by which the rows differ
     "What the rows of a task without labels are called by."
-    return [k for k in rows[0] if all(isinstance(x.get(k), str) for x in rows) and len({x[k] for x in rows}) > 1]
+    return [k for k in (rows[0] if rows else ()) if all(isinstance(x.get(k), str) for x in rows) and len({x[k] for x in rows}) > 1]
+
+def rows_without_labels(runs:Sequence[Run], # of one arm
+                        keys:Sequence[str], # by which rows are told apart
+                        keep=lambda row: True, # which rows
+)->list[dict]: # each a mean over the runs that have it
+    "The rows of an arm that is asked as it is."
+    each, out = [{tuple(x[k] for k in keys): x for x in rows_of_runs([run]) if keep(x)} for run in runs], []
+    for called in dict.fromkeys(name for e in each for name in e):
+        rows = [e[called] for e in each if called in e]
+        chance = [x['chance'] for x in rows if x.get('chance') is not None]
+        out.append(dict(zip(keys, called)) | {'value': cell(rows), 'chance': f'{np.mean(chance):.3f}' if chance else '–', 'n': tested(rows), 'runs': len(rows)})
+    return out
 
 def unlabelled_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:str, keep=lambda row: True)->list[dict]: # a row a data set, arm and metric
     "The part of a table that asks a model as it is."
     out = []
-    for data, q in r.asked(table):
-        for arm in table.arms if q.task == task else ():
-            runs = runs_of(r, found, table, arm, data, q)
-            if not runs: continue
-            keys = told_apart(runs[0].metrics['rows'])
-            each = [{tuple(x[k] for k in keys): x for x in rows_of_runs([run]) if keep(x)} for run in runs]
-            for called in each[0]:
-                rows = [e[called] for e in each if called in e]
-                chance = [x['chance'] for x in rows if x.get('chance') is not None]
-                out.append({'data': r.problem(data).name, 'encoder': arm.name} | dict(zip(keys, called)) | {
-                    'value': cell(rows), 'chance': f'{np.mean(chance):.3f}' if chance else '–', 'n': tested(rows), 'runs': len(rows)})
+    for data, q in (asked for asked in r.asked(table) if asked[1].task == task):
+        arms = {arm.name: runs_of(r, found, table, arm, data, q) for arm in table.arms}
+        keys = told_apart([x for runs in arms.values() for run in runs for x in run.metrics['rows']])
+        out += [{'data': r.problem(data).name, 'encoder': name} | row for name, runs in arms.items() for row in rows_without_labels(runs, keys, keep)]
     return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c024
