@@ -23,7 +23,7 @@ from ..evaluation.classification import accuracy, bootstrap_difference, mean_aur
 from .experiments import ASKED, Question
 from .plan import Reproduction, Table, applies, job_of
 from .runs import Run
-from .tables import by_fraction, markdown, save_csv, spell
+from .tables import by_fraction, known_mean, markdown, save_csv, spell, std_of
 
 # %% ../../nbs/reporting/49_results.ipynb #c007
 def runs_of(r:Reproduction, found:Mapping[str, Run], table:Table, arm, data:str, question:Question)->list[Run]: # one a split and seed; those that are there
@@ -34,8 +34,8 @@ def runs_of(r:Reproduction, found:Mapping[str, Run], table:Table, arm, data:str,
 
 def fold_of(run:Run)->str: return run.config['data']['how']
 
-def rows_of_runs(runs:Sequence[Run])->list[dict]: # each with its fold
-    return [row | dict(fold=fold_of(run)) for run in runs for row in run.metrics['rows']]
+def rows_of_runs(runs:Sequence[Run])->list[dict]: # each with its fold, and with the number of its run
+    return [row | dict(fold=fold_of(run), run=i) for i, run in enumerate(runs) for row in run.metrics['rows']]
 
 
 # %% ../../nbs/reporting/49_results.ipynb #c111
@@ -50,12 +50,9 @@ def over_folds(folds:Sequence[tuple[float, float, float]], # value, low and high
 
 def cell(rows:Sequence[Mapping])->str: # mean ± std [low, high]
     "Rows of one arm, question and fraction, over folds, seeds and draws."
-    number = lambda k, of: np.array([np.nan if x.get(k) is None else x[k] for x in of], float)
-    if np.isnan(all_values := number('value', rows)).all(): return '–'
     groups = [[x for x in rows if x.get('fold') == f] for f in dict.fromkeys(x.get('fold') for x in rows)]
-    mean = lambda x: np.nan if np.isnan(x).all() else np.nanmean(x)
-    v, low, high = over_folds([[mean(number(k, g)) for k in ('value', 'low', 'high')] for g in groups])
-    return f"{v:.3f}" + (f" ± {np.nanstd(all_values, ddof=1):.3f}" if len(rows) > 1 else '') + ('' if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+    v, low, high = over_folds([[known_mean(x.get(k) for x in g) for k in ('value', 'low', 'high')] for g in groups])
+    return '–' if np.isnan(v) else f"{v:.3f}{std_of(rows)}" + ('' if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
 
 # %% ../../nbs/reporting/49_results.ipynb #c011
@@ -80,7 +77,7 @@ def labelled_row(arm, name:str, runs:Sequence[Run], question:Question)->dict:
     groups = by_fraction(rows)
     whole = groups[max(groups)]
     sizes = '/'.join(str(round(np.mean([x['n_train'] for x in g]))) for g in groups.values())
-    beside = {k: f"{np.nanmean([dig(x, keys) for x in whole]):.3f}" for k, keys in MISLEADING.get(question.task, {}).items()}
+    beside = {k: f"{known_mean(dig(x, keys) for x in whole):.3f}" for k, keys in MISLEADING.get(question.task, {}).items()}
     return {'data': name, 'encoder': arm.name, 'metric': spell(whole[0]['metric'])} | {f'{100 * f:g} %': cell(g) for f, g in groups.items()} | beside | {
         'n train': sizes, 'n test': tested(whole), 'seeds': counted(runs, whole)}
 
@@ -165,7 +162,7 @@ def deciding(runs:Sequence[Run])->list[float]: # all shares of the labels, but f
 
 def count_ahead(mine:Sequence[Run], theirs:Sequence[Run])->int: # of as many trainings
     "In how many folds and seeds an arm is ahead of the other, with the most labels."
-    def value(run): groups = by_fraction(run.metrics['rows']); return np.mean([x['value'] for x in groups[max(groups)]])
+    def value(run): groups = by_fraction(run.metrics['rows']); return known_mean(x['value'] for x in groups[max(groups)])
     return sum(value(a) > value(b) for a, b in zip(mine, theirs))
 
 def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table)->list[dict]: # a row a claim and data set; those whose rows are there
@@ -254,7 +251,7 @@ def describe_origin(r:Reproduction, datasets:Sequence[str]=('corpus',))->str:
     drawn = [n for n in names if n.startswith('synthetic')]
     said = f"Pre-trained on {r.problem('corpus').name} ({len(r.problem('corpus').rows('train'))} training studies), preset {r.preset}, pre-training seeds {', '.join(map(str, r.seeds))}, {describe_split(r)}. "
     if drawn: said += f"Synthetic data, no patients: {', '.join(drawn)}. These numbers say that the code learns, and nothing about X-rays. "
-    return said + 'Mean ± standard deviation over pre-training seeds × draws of labels; in brackets 95 % bootstrap intervals over test patients (images where patients are unknown).'
+    return said + 'Mean ± standard deviation over pre-training seeds × draws of labels, what does not differ counted once; in brackets 95 % bootstrap intervals over test patients (images where patients are unknown).'
 
 def describe_heads(r:Reproduction, table:Table)->str: # nothing for a table without boxes and masks
     "How long the heads of a table learned, and from how many draws."
