@@ -139,7 +139,7 @@ def head_settings(q:Question, settings:Settings)->HeadSettings:
     return replace(HEADS[q.task], finetune=q.finetune, precision='fp32' if settings.precision == 'fp32' else 'auto', **(dict(epochs=q.epochs) if q.epochs else {}))
 
 def classify(problem, model, tokenize, settings, q, folder):
-    labels, exclusive = label_array(problem.studies, q.targets), problem.key == 'covidx'
+    labels, exclusive = label_array(problem.studies, q.targets), problem.key == 'covidx' and len(q.targets) > 2 # one of its classes is a finding like any other
     common = dict(fractions=q.fractions, seeds=q.seeds, exclusive=exclusive)
     if q.finetune:
         return evaluate_finetuned_classification(model.image_encoder, problem.images, settings.image_size, labels, problem.studies, problem.split, q.targets,
