@@ -87,9 +87,10 @@ def complete_split(split:Split, # a published one, with two or three parts
                    studies:Sequence[Study], # of the data set
                    by:str='patient', # what stays together
 )->Split: # train, validation and test
-    "A split with all three parts; what the publisher did not list, or we do not have, is left out."
+    "A split with all three parts; what the publisher did not list, or we do not have, is left out. Raises `ValueError` where nothing is there to train or to test on."
     there = {s.id for s in studies}
     parts = {PARTS.get(k, k): tuple(i for i in v if i in there) for k, v in split.parts.items()}
+    if 'train' not in parts or len(parts) < 2: raise ValueError(f"the split has {' and '.join(split.parts) or 'no part'} alone, and both a part to train on and one to test on are needed: get the publisher's other lists, too")
     if 'test' not in parts: parts['test'] = parts.pop('validation')
     if 'validation' not in parts:
         train = set(parts['train'])

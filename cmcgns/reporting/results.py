@@ -251,6 +251,7 @@ def describe_origin(r:Reproduction, datasets:Sequence[str]=('corpus',))->str:
     drawn = [n for n in names if n.startswith('synthetic')]
     said = f"Pre-trained on {r.problem('corpus').name} ({len(r.problem('corpus').rows('train'))} training studies), preset {r.preset}, pre-training seeds {', '.join(map(str, r.seeds))}, {describe_split(r)}. "
     if drawn: said += f"Synthetic data, no patients: {', '.join(drawn)}. These numbers say that the code learns, and nothing about X-rays. "
+    if listed := [r.problem(k).name for k in dict.fromkeys(datasets) if k != 'corpus' and r.problem(k).how == 'published']: said += f"Tested on the test part of the publisher's own split: {', '.join(listed)}. "
     return said + 'Mean ± standard deviation over pre-training seeds × draws of labels, what does not differ counted once; in brackets 95 % bootstrap intervals over test patients (images where patients are unknown).'
 
 def describe_heads(r:Reproduction, table:Table)->str: # nothing for a table without boxes and masks
