@@ -160,7 +160,7 @@ def picture_run(run:Run, # of detection or segmentation
     rows, positive = spread_out(values, n), (~np.isnan(values)).sum()
     if not len(rows): raise ValueError(f"{run.folder.name}: no test film shows anything")
     films, titles = films_of(run, problem, kept['ids'][rows]), [f"{'IoU' if boxes else 'Dice'} {values[i]:.2f}" for i in rows]
-    said = f"{', '.join(metrics['question']['targets'])}: {metrics['encoder']} encoder{', then fine-tuned' if metrics['question']['finetune'] else ''}, {100 * row['fraction']:g} % of the labels; {len(rows)} of {positive} test films that show it, from the worst to the best"
+    said = f"{', '.join(metrics['question']['targets'])}: {metrics['encoder']} encoder{', then fine-tuned' if metrics['question']['finetune'] else ''}, {100 * row['fraction']:g} % of the labels; {len(rows)} of {positive} test films that show it, from the worst to the best{'; as many detections a film as it has true boxes' * boxes}"
     if boxes: return plot_boxes(films, [truth[i] for i in rows], [found[i] for i in rows], kept['classes'].tolist(), problem.name, titles, said)
     size = int(kept['size'])
     return plot_masks(films, *(unpack_masks(kept[k][rows], size) for k in ('truth', f'{key} masks')), problem.name, titles, said)
