@@ -20,7 +20,7 @@ export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help reproduce test test-fast export docs lab clean
+.PHONY: help reproduce test test-fast export docs lab clean clean-runs
 
 help:
 	@echo 'make reproduce              pre-train in both stages on synthetic data, evaluate, and make the report (results/)'
@@ -30,12 +30,14 @@ help:
 	@echo 'make export                 nbdev_export, nbdev_clean and README.md from nbs/index.ipynb'
 	@echo 'make docs                   the documentation, to be opened at _docs/index.html'
 	@echo 'make lab                    JupyterLab on nbs/'
+	@echo 'make clean                  delete the environment and what was built; runs and results stay'
+	@echo 'make clean-runs             delete runs, results and decoded images: everything that was computed'
 
 $(READY): settings.ini setup.py constraints.txt
 	@echo 'Installing the pinned packages into $(VENV) (once; a few minutes)'
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5) and "cmcgns needs Python 3.11.5 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	@mkdir -p $(IPYTHONDIR) $(JUPYTER_CONFIG_DIR) $(MPLCONFIGDIR)
+	@mkdir -p "$(IPYTHONDIR)" "$(JUPYTER_CONFIG_DIR)" "$(MPLCONFIGDIR)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
@@ -65,4 +67,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 clean:
-	rm -rf $(VENV) runs results cache build dist _docs *.egg-info
+	rm -rf $(VENV) build dist _docs *.egg-info
+
+clean-runs:
+	rm -rf runs results cache

@@ -41,8 +41,9 @@ def seal(folder:str|os.PathLike, # whose files are all there
 )->dict[str, str]: # the sum of each, by its path in the folder
     "Write down the checksums of a folder's files, those of folders within included."
     folder = Path(folder)
-    sums = {p.relative_to(folder).as_posix(): file_sum(p) for p in sorted(folder.rglob('*')) if p.is_file() and p != folder/SEAL}
     part = folder/f'{SEAL}.partial'
+    part.unlink(missing_ok=True) # of an interrupted call
+    sums = {p.relative_to(folder).as_posix(): file_sum(p) for p in sorted(folder.rglob('*')) if p.is_file() and p != folder/SEAL}
     part.write_text(json.dumps(sums, indent=1))
     os.replace(part, folder/SEAL)
     return sums

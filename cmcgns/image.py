@@ -302,7 +302,7 @@ def read_journal(folder:Path, # of an unfinished cache
     try:
         done, broken = json.loads((folder / "journal.json").read_text())
         return (done, broken) if (folder / "images.u8").stat().st_size >= (done - len(broken)) * size**2 else (0, [])
-    except (OSError, ValueError): return 0, []
+    except (OSError, ValueError, TypeError): return 0, []
 
 
 def write_journal(folder:Path, file:BinaryIO, done:int, broken:list[list[str]])->None:

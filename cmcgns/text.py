@@ -65,7 +65,7 @@ def ends_sentence(before:str, # the text before a full stop; the last words are 
     name = word.lower()
     if name in NEVER: return False
     if name in BEFORE_LABEL: return not re.match(r"\d|[A-Z]\b", follows)
-    if name in BEFORE_CAPITAL: return follows[0].isupper()
+    if name in BEFORE_CAPITAL: return follows[0].isupper() or bool(re.match(r"\d{1,2}\.\s", follows)) # a list goes on
     if re.fullmatch("[A-Z]", word): return bool(LETTER_NAME.search(before))
     return True
 
@@ -144,7 +144,7 @@ def encode_reports(tokenizer:PreTrainedTokenizerBase, # with [CLS], [SEP] and [P
     pieces = iter(tokenizer([s for r in reports for s in r], add_special_tokens=False, verbose=False).input_ids if any(reports) else [])
     rows = []
     for i, report in enumerate(reports):
-        tokens = [(t, m) for m, sentence in enumerate(islice(pieces, len(report)), 1) for t in sentence][:max_tokens - 2]
+        tokens = [(t, m) for m, sentence in enumerate(islice(pieces, len(report)), 1) for t in sentence][:max(0, max_tokens - 2)]
         if not tokens: raise ValueError(f"report {i} of {len(reports)} has no sentences: leave out studies without a report")
         rows.append(torch.tensor([(tokenizer.cls_token_id, 0), *tokens, (tokenizer.sep_token_id, 0)])) # (t, 2)
     lengths = torch.tensor([len(row) for row in rows])

@@ -35,6 +35,14 @@ def test_a_whole_folder_has_no_problems(layout):
     json.dumps(report)
 
 
+def test_an_empty_mask_marks_nothing(drawn, tmp_path):
+    folder = write_layout("siim", drawn, tmp_path / "siim")
+    studies = DATASETS["siim"].scan(folder).studies
+    report = check_dataset("siim", folder, progress=False)
+    assert all(s.masks for s in studies) and report["masks"] == report["labels"]["Pneumothorax"]["yes"] == sum(s.labels["Pneumothorax"] for s in studies) < len(studies)
+    assert f"{report['masks']} studies with masks" in describe_check(report)
+
+
 def test_a_broken_image_is_counted(layout):
     key, folder = layout
     place = find_datasets(folder)[key]

@@ -212,7 +212,7 @@ def one_sentence(error):
 
 def test_versions(tmp_path):
     make(tmp_path)
-    for version, classes in ("_COVIDx_CXR-3B", 2), ("_COVIDx9B", 2), ("", 2), ("_COVIDx8A", 3):
+    for version, classes in ("_COVIDx_CXR-3B", 2), ("_COVIDx9B", 2), ("", 2), ("_COVIDx8A", 3), ("_COVIDx6", 2), ("_COVIDx5", 3):
         root = make(tmp_path / f"v{version}", *((TRAIN, TEST) if classes == 3 else ("1 a.png negative rsna\n2 b.png positive cohen\n", "1 c.png positive ricord\n")), version)
         assert list(find_lists(root)) == [version.removeprefix("_COVIDx").lstrip("_") or "CXR-2"]
         assert [len(s.labels) for s in scan_covidx(root).studies] == [1 if classes == 2 else 3] * 3
@@ -228,6 +228,15 @@ def test_three_classes_win_over_two(tmp_path):
     one_sentence(error)
     with pytest.raises(ValueError, match="it holds no lists '7A', only CXR-2, 8A, 9A; give one of these as version") as error:
         scan_covidx(tmp_path, "7A")
+    one_sentence(error)
+
+
+def test_test_lists_without_a_source(tmp_path):
+    root = make(tmp_path, test="1 c.png COVID-19\n", version="_COVIDx5")
+    found = scan_covidx(root)
+    assert len(found.studies) == 2 and [(s.name, s.reason, s.broken) for s in found.skipped] == [("test/1 c.png COVID-19", "3 fields instead of 4", True)]
+    with pytest.raises(ValueError, match="no row of the test list is a study") as error:
+        published_covidx(root)
     one_sentence(error)
 
 

@@ -377,6 +377,14 @@ def test_an_evaluation_repeats_itself_and_leaves_the_encoder_alone(world, kw):
     assert rows[0]["n_train"] == 2 and all(len(unpack(kept, score_key(f, 0))) == rows[0]["n_test"] for f in (.05, 1.))
 
 
+def test_other_pixels_or_boxes_are_another_evaluation(world, tmp_path):
+    encoder, studies, images = world
+    others = [replace(s, boxes=tuple(b._replace(x=b.x + 1) for b in s.boxes)) for s in studies]
+    for n, (pixels, them) in enumerate([(images, studies), (images, studies), (255 - images, studies), (images, others)]):
+        evaluate_detection(encoder, pixels, 64, them, split_studies(studies), fractions=(1.,), seeds=(0,), settings=DetectionSettings(epochs=1), folder=tmp_path, n_bootstrap=20, progress=False)
+        assert len(list(tmp_path.glob("*.npz"))) == [1, 1, 2, 3][n]
+
+
 def test_a_subset_of_few_has_a_box_and_an_image_without(world):
     encoder, studies, images = world
     seen = []

@@ -512,7 +512,7 @@ def unfinished(tmp_path, paths, size=16):
     return half
 
 
-@pytest.mark.parametrize("journal, rows", [(None, 5), ("", 5), ("\0" * 6, 5), ("[3", 5), ("{}", 5), ("[7, []]", 5)])
+@pytest.mark.parametrize("journal, rows", [(None, 5), ("", 5), ("\0" * 6, 5), ("[3", 5), ("{}", 5), ("[7, []]", 5), ("5", 5), ("[null, []]", 5), ("[3, null]", 5)])
 def test_a_journal_that_cannot_be_is_not_believed(tmp_path, journal, rows):
     paths = save_some(tmp_path / "in", 9)
     half = unfinished(tmp_path, paths)

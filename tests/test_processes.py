@@ -5,15 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from cmcgns.alignment import global_contrast
 from cmcgns.clustering import NegativeSampler, ReportContrast
+from cmcgns.evaluation.cluster_audit import Sentences, name_batches
 from cmcgns.objectives import ImageEmbedding, ReportEmbedding, gather_pairs
 from cmcgns.processes import alone, share_norms
 from cmcgns.reconstruction import mask_regions
@@ -215,6 +218,17 @@ def check_masks(mine):
     assert torch.equal(mask_regions(x[mine], generator=seeded())[1], whole[mine])
 
 
+def check_audit():
+    "Each process has all the sentences, and must not count the other's copies."
+    x = F.normalize(draw(200, 6), dim=1)
+    sentences, rows = Sentences(x, x.flip(0), np.arange(200), np.zeros(200, int)), list(np.arange(200).reshape(10, 20))
+    contrast = ReportContrast(NegativeSampler(6, clusters=8, momentum=.1)).double()
+    mine = name_batches(contrast, sentences, rows, learn=True, skip=2)
+    with alone():
+        for a, b in zip(mine, name_batches(contrast, sentences, rows, learn=True, skip=2), strict=True):
+            assert np.array_equal(a.own, b.own) and np.array_equal(a.similar, b.similar)
+
+
 def two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -228,6 +242,7 @@ def two_processes(rank, folder):
     check_norms(mine, torch.nn.BatchNorm1d, 6, 4)
     check_pairs(mine)
     check_masks(mine)
+    check_audit()
     dist.barrier()  # a process that leaves early takes the other's connection with it
     dist.destroy_process_group()
 

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmcgns.data.studies import (Box, Fraction, Meaning, Split, Study, check_disjoint, draw_fraction, fingerprint, label_array, load_studies, save_studies, select,
+from cmcgns.data.studies import (Box, Fraction, Meaning, Runs, Split, Study, check_disjoint, draw_fraction, fingerprint, label_array, load_studies, save_studies, select,
                                  shared_patients, split_studies)
 
 
@@ -150,3 +151,30 @@ def test_fingerprint_sees_content_and_not_place(tmp_path):
     assert fingerprint(at("a")) != fingerprint(at("a", sentences=("no effusion",)))
     (tmp_path / "b/s1.png").write_bytes(bytes([1]) * 49_999 + b"x")
     assert fingerprint(at("a")) != fingerprint(at("b"))
+
+
+@pytest.mark.parametrize("change", [dict(patient="q"), dict(view="AP"), dict(dataset="other"), dict(labels={"nodule": 1.0}), dict(boxes=(Box("nodule", 1, 2, 3, 4),)),
+                                    dict(meanings=(Meaning("nodule", 1),)), dict(masks={"nodule": Runs(8, 8, (3,), (2,))})], ids=lambda c: next(iter(c)))
+def test_fingerprint_sees_every_field(tmp_path, change):
+    (tmp_path / "a.png").write_bytes(bytes(10))
+    study = Study("s", tmp_path / "a.png", "p", ("a nodule",))
+    assert fingerprint([study]) != fingerprint([replace(study, **change)])
+
+
+def test_fingerprint_sees_the_beginning_of_a_large_file(tmp_path):
+    at = [Study("s", tmp_path / "a.png", "p")]
+    (tmp_path / "a.png").write_bytes(bytes(50_000))
+    before = fingerprint(at)
+    (tmp_path / "a.png").write_bytes(b"x" + bytes(49_999))
+    assert fingerprint(at) != before
+
+
+def test_small_draws_keep_the_share_of_a_label():
+    "Over many seeds: in strata that are smaller than one draw of the fraction, nobody is favoured."
+    rng = np.random.default_rng(0)
+    names = [f"f{i}" for i in range(5)]
+    studies = [Study(f"s{i}", None, f"p{i}", labels={n: float(rng.random() < .15) for n in names}) for i in range(400)]
+    share = lambda some: np.mean([[s.labels[n] for n in names] for s in some])
+    by_id = {s.id: s for s in studies}
+    drawn = [share([by_id[i] for i in draw_fraction(studies, .1, seed, names).ids]) for seed in range(60)]
+    assert abs(np.mean(drawn) - share(studies)) < .02

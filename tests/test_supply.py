@@ -5,7 +5,7 @@ import importlib.util
 import pickle
 import re
 import socket
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import pytest
 import torch
@@ -33,6 +33,24 @@ def test_everything_that_is_asked_for_is_pinned():
     pins = dependencies.pinned()
     for name in dependencies.asked(): assert name in pins, f"{name} is in settings.ini and not in constraints.txt"
     for r in required(): assert Version(pins[dependencies.plain(r.name)]) in r.specifier, r
+
+
+def needed(name, extras=(), seen=None):
+    "Every installed distribution that one needs, through all steps."
+    seen = set() if seen is None else seen
+    if (name, *extras) in seen: return seen
+    seen.add((name, *extras))
+    for r in map(Requirement, requires(name) or []):
+        if r.marker and not any(r.marker.evaluate({"extra": e}) for e in (*extras, "")): continue
+        try: version(r.name)
+        except PackageNotFoundError: continue # of an extra that is not installed here
+        needed(dependencies.plain(r.name), tuple(sorted(r.extras)), seen)
+    return seen
+
+
+def test_what_these_need_in_turn_is_pinned():
+    names = {name for name, *_ in needed("cmcgns", ("dev", "docs", "notebooks"))} - {"cmcgns"}
+    assert len(names) > 100 and not names - dependencies.pinned().keys()
 
 
 def test_lowest_versions_are_those_of_settings_ini():

@@ -18,7 +18,7 @@ from cmcgns.data.covid_cxr import load_covid_cxr
 from cmcgns.data.studies import Box, Runs, Study, split_studies
 from cmcgns.encoders import ImageEncoder, image_config
 from cmcgns.evaluation.classification import score_key
-from cmcgns.evaluation.transfer import (EncoderHead, FrozenFeatures, HeadSettings, LinearHead, TaskData, boxes_on_square, centre_boxes,
+from cmcgns.evaluation.transfer import (EncoderHead, FrozenFeatures, HeadSettings, LinearHead, TaskData, arrays_hash, boxes_on_square, centre_boxes,
                                         evaluate_finetuned_classification, feature_pyramid, fill_boxes, load_cell, mask_on_square, over_fractions,
                                         own_chance, pooled_feature, predict, save_cell, train_head, weights_hash)
 from cmcgns.image import ImageError, centre_crop, fit_square, image_shape, normalise, read_image
@@ -232,13 +232,21 @@ def test_a_killed_evaluation_goes_on_at_the_next_cell(tmp_path):
 
 
 def test_a_cell_is_of_what_it_depends_on(tmp_path):
-    studies, calls = make_studies(), []
+    studies, calls, images = make_studies(), [], np.zeros((120, 4, 4), np.uint8)
     def fit(*parts): calls.append(parts); return dict(value=len(calls)), {}
     run = lambda **kw: over_fractions(fit, **{**dict(studies=studies, split=split_studies(studies), fractions=(.5,), seeds=(0,), folder=tmp_path, progress=False), **kw})[0][0]["value"]
     assert run() == run() == 1
     others = [dict(split=split_studies(studies, seed=1)), dict(seeds=(1,)), dict(fractions=(.4,)), dict(identity=dict(lr=1)), dict(identity=dict(lr=2)), dict(stratify="a"),
-              dict(stratify=np.arange(120) % 10 == 0)]
-    assert [run(**kw) for kw in others] == list(range(2, 9)) == [run(**kw) for kw in others]
+              dict(stratify=np.arange(120) % 10 == 0), dict(data=[images]), dict(data=[images + 1]), dict(data=[images, images]), dict(studies=[replace(s, patient=s.id) for s in studies])]
+    assert [run(**kw) for kw in others] == list(range(2, 13)) == [run(**kw) for kw in others]
+
+
+def test_arrays_have_names():
+    a = np.arange(600 * 4, dtype=np.uint8).reshape(600, 2, 2)
+    other = a.copy()
+    other[599, 1, 1] += 1
+    names = [arrays_hash(x) for x in (a, other, a.reshape(600, 4), a.astype(np.int16), a[:0], a[::-1])]
+    assert len({*names, arrays_hash(a, a), arrays_hash()}) == 8 and arrays_hash(a.copy()) == arrays_hash(a.transpose(0, 2, 1).transpose(0, 2, 1)) == names[0]
 
 
 def test_rows_are_json_and_arrays_come_back(tmp_path):

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'NOTE', 'DataSet', 'write_covid_like', 'find_datasets', 'write_layout', 'is_synthetic', 'digest',
-           'find_duplicates', 'broken_images', 'count_labels', 'count_parts', 'check_dataset', 'describe_check']
+           'find_duplicates', 'broken_images', 'count_labels', 'count_parts', 'has_mask', 'check_dataset',
+           'describe_check']
 
 # %% ../../nbs/data/1c_check.ipynb #c002
 import hashlib
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from .object_cxr import find_object_cxr, published_object_cxr, scan_object_cxr, 
 from .openi import find_openi, scan_openi, write_openi
 from .rsna import find_rsna, scan_rsna, write_rsna
 from .siim import find_siim, scan_siim, write_siim
-from .studies import Split, Study, shared_patients, write_atomically
+from .studies import Runs, Split, Study, shared_patients
 from ..image import ImageError, read_image
 
 # %% ../../nbs/data/1c_check.ipynb #c005
@@ -70,9 +72,12 @@ def write_layout(key:str, # of `DATASETS`
     if key not in DATASETS: raise ValueError(f"unknown data set {key!r}: known are {', '.join(DATASETS)}")
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()): raise ValueError(f"{folder}: it is not empty; give a new folder")
-    DATASETS[key].write(studies, folder)
-    if any(s.dataset == 'synthetic' for s in studies): write_atomically(folder/NOTE, f'Drawn by cmcgns in the layout of {key}. These are no patients.\n')
-    return folder
+    part = folder.with_name(f'{folder.name}.partial') # else an interrupted call would leave phantoms without the note
+    shutil.rmtree(part, ignore_errors=True)
+    DATASETS[key].write(studies, part)
+    if any(s.dataset == 'synthetic' for s in studies): (part/NOTE).write_text(f'Drawn by cmcgns in the layout of {key}. These are no patients.\n')
+    if folder.exists(): folder.rmdir()
+    return part.rename(folder)
 
 def is_synthetic(place:str|os.PathLike)->bool: # whether the data set in this folder was drawn
     return (Path(place)/NOTE).exists()
@@ -122,6 +127,10 @@ def count_parts(studies:Sequence[Study], split:Split)->dict[str, dict]: # by par
     return {k: dict(studies=len(g), patients=len({s.patient for s in g}), labels=count_labels(g)) for k, g in groups.items()}
 
 # %% ../../nbs/data/1c_check.ipynb #c025
+def has_mask(study:Study)->bool:
+    "Whether something is marked on a study; a mask in a file is not opened, and taken to mark something."
+    return any(any(m.lengths) if isinstance(m, Runs) else True for m in study.masks.values())
+
 def check_dataset(key:str, # of `DATASETS`
                   place:Path, # where it lies
                   decode:bool=True, # read every image
@@ -136,7 +145,7 @@ def check_dataset(key:str, # of `DATASETS`
     shared = sorted(shared_patients(studies, split)) if split else []
     duplicates = find_duplicates(studies)
     return dict(dataset=key, folder=str(place), synthetic=is_synthetic(place), studies=len(studies), patients=len({s.patient for s in studies}), sentences=sum(len(s.sentences) for s in studies),
-                without_sentences=sum(not s.sentences for s in studies), boxes=sum(len(s.boxes) for s in studies), masks=sum(bool(s.masks) for s in studies),
+                without_sentences=sum(not s.sentences for s in studies), boxes=sum(len(s.boxes) for s in studies), masks=sum(map(has_mask, studies)),
                 views=dict(Counter(s.view or 'not given' for s in studies)), labels=count_labels(studies), published_split=count_parts(studies, split) if split else None,
                 skipped=dict(Counter(s.reason for s in loading.skipped)), broken_rows=[s._asdict() for s in broken], unreadable_images=unreadable, decoded=decode,
                 patients_in_two_parts=shared, duplicates=duplicates, problems=len(broken) + len(unreadable) + len(shared) + len(duplicates))

@@ -82,6 +82,7 @@ def join_patients(rows:Mapping[int, Mapping[str, str]], # the whole table
         while p in other: p = other[p]
         return p
     for row in rows.values():
+        if not row['filename']: continue
         a, b = first(owner.setdefault((row['folder'], row['filename']), row['patientid'])), first(row['patientid'])
         if a and b and a != b: other[b] = a
     return {row['patientid']: first(row['patientid']) for row in rows.values()}

@@ -305,10 +305,12 @@ def write_openi(studies:Sequence[Study], # with image files
         rows.append(f'{name},{s.view if s.view.isupper() else ""}')
         if s.view: seen.append(f"{n},{n}_IM-{n:04d}-1001.dcm.png,{'Lateral' if s.view in LATERAL else 'Frontal'}")
         Image.fromarray(read_image(s.image)).save(folder/'NLMCXR_png'/f'{name}.png')
-    if packed: write_archive(folder/ARCHIVES[0], files)
-    else:
-        (folder/FOLDERS[0]).mkdir()
-        for name, data in files.items(): (folder/name).write_bytes(data)
     with gzip.GzipFile(folder/f'{TABLE}.gz', 'wb', mtime=0) as f: f.write('\n'.join([*rows, '']).encode())
     (folder/LIST).write_text('\n'.join([*seen, '']), encoding='utf-8')
+    ready, part = folder/(ARCHIVES[0] if packed else FOLDERS[0]), folder/'reports.partial' # by its reports the set is found, so they come last
+    if packed: write_archive(part, files)
+    else:
+        part.mkdir(exist_ok=True)
+        for name, data in files.items(): (part/Path(name).name).write_bytes(data)
+    part.rename(ready)
     return folder

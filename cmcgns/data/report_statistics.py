@@ -110,12 +110,13 @@ def measure_cleaning(reports:Iterable[Sequence[str]], # the sections of each rep
     mend, cut = RULES[split]
     n, dropped = Counter(), Counter()
     for texts in reports:
-        pieces = [clean_words(piece) for text in texts for piece in cut(mend(text))]
+        cuts = [piece for text in texts for piece in cut(mend(text))]
+        pieces = [clean_words(piece) for piece in cuts]
         written, whole = sum(len(clean_words(mend(text))) for text in texts), [p for p in pieces if len(p) > 1]
         kept = sum(map(len, whole))
         dropped.update(p[0] for p in pieces if len(p) == 1)
-        short = 0 < written and kept < least
-        n.update(reports=written > 0, short=short, sentences=0 if short else len(whole), marked=0 if short else sum(not {'xxxx'}.isdisjoint(p) for p in whole),
+        short = int(0 < written and kept < least)
+        n.update(reports=int(written > 0), short=short, sentences=0 if short else len(whole), marked=0 if short else sum(len(p) > 1 and bool(MARK.search(piece)) for piece, p in zip(cuts, pieces)),
                  marks=sum(len(MARK.findall(t)) for t in texts), decimals=sum(len(re.findall(r'\d\.\d', t)) for t in texts), words=written, kept=0 if short else kept,
                  numbers=written - sum(map(len, pieces)), single=sum(len(p) == 1 for p in pieces), few=kept if short else 0)
     return Cleaning(**{k: n[k] for k in Cleaning._fields[:-1]}, dropped=dropped)

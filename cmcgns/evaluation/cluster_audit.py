@@ -35,6 +35,7 @@ from .classification import draw_values, hold_still, spread
 from ..image import centre_crop, normalise
 from ..model import CMCGNS, load_model, make_contrast, replace_fields
 from ..pretraining import EpochSampler, Settings, start_stage
+from ..processes import alone
 from ..text import clean_words
 
 # %% ../../nbs/evaluation/24_cluster_audit.ipynb #c008
@@ -267,12 +268,13 @@ def name_batches(contrast:ReportContrast, # left as it is: a copy is asked
 )->list[Named|None]: # of the others
     "Go through batches as training does."
     contrast, named = copy.deepcopy(contrast).cpu().train(learn), []
-    for i, rows in enumerate(batches):
-        plain, told = s.plain[rows], None if s.told is None else s.told[rows]
-        if i >= skip: named.append(name_negatives(contrast, plain, told))
-        if learn and contrast.cluster != 'none':
-            points, others = roles(contrast, plain, told)
-            contrast.sampler.observe(points, others if contrast.start_on == 'pairs' else None)
+    with alone(): # each process of a training has all the sentences
+        for i, rows in enumerate(batches):
+            plain, told = s.plain[rows], None if s.told is None else s.told[rows]
+            if i >= skip: named.append(name_negatives(contrast, plain, told))
+            if learn and contrast.cluster != 'none':
+                points, others = roles(contrast, plain, told)
+                contrast.sampler.observe(points, others if contrast.start_on == 'pairs' else None)
     return named
 
 # %% ../../nbs/evaluation/24_cluster_audit.ipynb #c046

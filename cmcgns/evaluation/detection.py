@@ -550,6 +550,6 @@ def evaluate_detection(encoder:ImageEncoder, # frozen, or where each fine-tuning
         found = detect(model, data, settings, test)
         return measure([truth[i] for i in test], found, names, groups_of(studies, split, test), settings.published_least, n_bootstrap) | log, pack(found)
     identity = dict(task='detection', settings=asdict(settings), encoder=weights_hash(encoder), image_size=image_size, classes=classes, n_bootstrap=n_bootstrap)
-    rows, kept = over_fractions(fit, studies, split, fractions, seeds, np.array([len(t.labels) > 0 for t in truth]), folder, identity, progress)
+    rows, kept = over_fractions(fit, studies, split, fractions, seeds, np.array([len(t.labels) > 0 for t in truth]), folder, identity, progress, [images, *pack(truth).values()])
     at = {s.id: i for i, s in enumerate(studies)}
     return rows, kept | dict(classes=np.array(names)) | {f'truth {k}': v for k, v in pack([truth[at[i]] for i in kept['ids']]).items()}

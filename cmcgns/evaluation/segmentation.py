@@ -10,7 +10,6 @@ __all__ = ['DICE', 'PROTOCOL', 'count_pixels', 'dice_each', 'weigh', 'ratio', 'd
            'evaluate_segmentation', 'dice_table', 'compare_segmenters']
 
 # %% ../../nbs/evaluation/22_segmentation.ipynb #c002
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -313,8 +312,8 @@ def evaluate_segmentation(encoder:ImageEncoder, # frozen, or where each cell sta
         counts = count_packed(masks, truth[test], image_size)
         return segmentation_row(counts, image_size ** 2, groups, settings.batch_size, n_bootstrap) | log, dict(counts=counts.astype(np.int32), masks=masks)
     identity = dict(task='segmentation', settings=asdict(settings), encoder=weights_hash(encoder), image_size=image_size, store_size=images.shape[1], names=list(names), boxes=boxes,
-                    truth=hashlib.sha256(truth).hexdigest()[:16], widths=widths, n_bootstrap=n_bootstrap)
-    rows, kept = over_fractions(fit, studies, split, fractions, seeds, None if positive[part['train']].all() else positive, folder, identity, progress)
+                    widths=widths, n_bootstrap=n_bootstrap)
+    rows, kept = over_fractions(fit, studies, split, fractions, seeds, None if positive[part['train']].all() else positive, folder, identity, progress, [images, truth])
     return rows, kept | dict(groups=groups, truth=truth[part['test']], size=np.array(image_size))
 
 # %% ../../nbs/evaluation/22_segmentation.ipynb #c049

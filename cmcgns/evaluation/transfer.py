@@ -6,7 +6,8 @@
 __all__ = ['clip_boxes', 'boxes_on_square', 'fill_boxes', 'mask_on_square', 'centre_boxes', 'feature_pyramid', 'pyramid_widths',
            'pooled_feature', 'HeadSettings', 'FrozenFeatures', 'TaskData', 'EncoderHead', 'own_chance', 'KeepBest',
            'HeadTrainer', 'head_arguments', 'make_optimizer', 'train_head', 'predict', 'LinearHead', 'weights_hash',
-           'save_cell', 'load_cell', 'with_stratum', 'groups_of', 'over_fractions', 'evaluate_finetuned_classification']
+           'arrays_hash', 'save_cell', 'load_cell', 'with_stratum', 'groups_of', 'over_fractions',
+           'evaluate_finetuned_classification']
 
 # %% ../../nbs/evaluation/20a_transfer.ipynb #c002
 import hashlib
@@ -320,6 +321,14 @@ def weights_hash(module:nn.Module)->str: # 16 hexadecimal digits
     for name, value in module.state_dict().items(): digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+def arrays_hash(*arrays:np.ndarray)->str: # 16 hexadecimal digits
+    "Name what arrays hold, read some rows at a time."
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(f'{a.dtype} {a.shape}'.encode())
+        for start in range(0, len(a), 256): digest.update(a[start:start + 256].tobytes())
+    return digest.hexdigest()[:16]
+
 def save_cell(path:Path, # an .npz file
               row:dict, # JSON-able
               arrays:Mapping[str, np.ndarray], # what was predicted
@@ -348,11 +357,11 @@ def with_stratum(studies:Sequence[Study], # n studies
     return marked, 'stratum' if len(set(map(bool, yes))) == 2 else None
 
 def groups_of(studies:Sequence[Study], # in the order of the positions
-              split:Split, # by patient or by image
+              split:Split, # by patient, by image, or published
               rows:Sequence[int], # positions, usually of the test part
 )->np.ndarray: # what a bootstrap draws, one a position
     "Whose each study is: the patient's, or its own where images were split."
-    return np.array([studies[i].patient if split.by == 'patient' else studies[i].id for i in rows])
+    return np.array([studies[i].id if split.by == 'image' else studies[i].patient for i in rows])
 
 def over_fractions(fit:Callable, # (train, validation, test positions, seed) -> (dict of numbers, dict of arrays)
                    studies:Sequence[Study], # in the order of the positions
@@ -363,17 +372,19 @@ def over_fractions(fit:Callable, # (train, validation, test positions, seed) -> 
                    folder:str|os.PathLike|None=None, # where finished cells are kept, and found again
                    identity:Mapping|None=None, # what else a cell depends on, JSON-able
                    progress:bool=True, # show a bar on stderr
+                   data:Sequence[np.ndarray]=(), # pixels and truth, which a cell depends on as well
 )->tuple[list[dict], dict[str, np.ndarray]]: # a row a fraction and seed; test ids and patients, and arrays as `<score_key> <name>`
     "Fit and test for every fraction and seed, or read what an earlier call finished."
     part, at, rows = rows_of(studies, split), {s.id: i for i, s in enumerate(studies)}, []
     if empty := [k for k, v in part.items() if not len(v)]: raise ValueError(f"the part {empty[0]!r} has no study: make another split")
     marked, names = with_stratum(studies, stratify) if isinstance(stratify, np.ndarray) else (studies, stratify)
     kept = {name: np.array([getattr(studies[i], key) for i in part['test']]) for name, key in dict(ids='id', patients='patient').items()}
+    seen = None if folder is None else arrays_hash(*data, groups_of(studies, split, part['test']))
     cells = [(fraction, seed) for fraction in fractions for seed in seeds]
     for fraction, seed in tqdm(cells, 'evaluate', unit='cell', disable=not progress):
         draw = draw_fraction([marked[i] for i in part['train']], fraction, seed, names)
         known = dict(fraction=fraction, seed=seed, n_train=len(draw.ids), n_test=len(part['test']))
-        key = json.dumps([dict(known, split=split.hash, draw=draw.hash), identity], sort_keys=True, default=str)
+        key = json.dumps([dict(known, split=split.hash, draw=draw.hash), identity, seen], sort_keys=True, default=str)
         path = None if folder is None else Path(folder, f"fraction-{fraction:g}-seed-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz")
         if path is None or not path.exists():
             metrics, arrays = fit(np.sort([at[i] for i in draw.ids]), part['validation'], part['test'], seed)
@@ -412,5 +423,5 @@ def evaluate_finetuned_classification(encoder:ImageEncoder, # where each cell st
         scores = torch.cat(predict(model, data, test, lambda out: out.float().cpu())).numpy()
         return describe(labels[test], scores, groups_of(studies, split, test), targets, exclusive, n_bootstrap) | log | dict(solver='finetune'), dict(scores=scores)
     identity = dict(task='classification', settings=asdict(settings), encoder=weights_hash(encoder), image_size=image_size, targets=list(targets), exclusive=exclusive, n_bootstrap=n_bootstrap)
-    rows, kept = over_fractions(fit, studies, split, fractions, seeds, targets, folder, identity, progress)
+    rows, kept = over_fractions(fit, studies, split, fractions, seeds, targets, folder, identity, progress, [images, np.asarray(labels)])
     return rows, {k.removesuffix(' scores'): v for k, v in kept.items()} | dict(y=labels[[i for i in rows_of(studies, split)['test']]])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'OTHER_NAMES', 'SCORES', 'MAPS', 'METRICS', 'find_prompts', 'unit_mean', 'whole_scores', 'encode_sentences',
            'image_batches', 'told_scores', 'choose_studies', 'evaluate_zero_shot', 'region_scores', 'draw_maps',
-           'ground_reports', 'point', 'contrast_to_noise', 'mean_overlap', 'Question', 'list_questions', 'find_others',
-           'mean_intervals', 'measure', 'describe_grounding', 'answer', 'evaluate_grounding']
+           'ground_reports', 'is_flat', 'point', 'contrast_to_noise', 'mean_overlap', 'Question', 'list_questions',
+           'find_others', 'mean_intervals', 'measure', 'describe_grounding', 'answer', 'evaluate_grounding']
 
 # %% ../../nbs/evaluation/23a_zero_shot.ipynb #c002
 from collections import defaultdict
@@ -216,11 +216,16 @@ def ground_reports(model:nn.Module, # a `CMCGNS`
         return [draw_maps(model, patches, [list(s.split(1))], image_size, how) for (_, patches), s in zip(image_batches(model, images, image_size, 1), sentences)]
 
 # %% ../../nbs/evaluation/23a_zero_shot.ipynb #c033
+def is_flat(heat:np.ndarray)->bool: # (h, w)
+    "Whether a map is the same everywhere, the rounding of 32 bits aside."
+    low, high = float(heat.min()), float(heat.max())
+    return high - low <= 1e-6 * max(abs(low), abs(high))
+
 def point(heat:np.ndarray, # a map, (h, w)
           region:np.ndarray, # bool (h, w)
 )->float: # between 0 and 1
     "Whether the highest point lies in the region."
-    return float(region[heat == heat.max()].mean())
+    return float(region.mean() if is_flat(heat) else region[heat == heat.max()].mean())
 
 # %% ../../nbs/evaluation/23a_zero_shot.ipynb #c035
 def contrast_to_noise(heat:np.ndarray, # a map, (h, w)
@@ -228,6 +233,7 @@ def contrast_to_noise(heat:np.ndarray, # a map, (h, w)
 )->float: # 0 where nothing differs; NaN where the region is everything or nothing
     "Contrast of a region to what is around it."
     if region.all() or not region.any(): return np.nan
+    if is_flat(heat): return 0.
     inside, outside = heat[region].astype(float), heat[~region].astype(float)
     contrast, noise = inside.mean() - outside.mean(), np.hypot(inside.std(), outside.std())
     return float(contrast / noise) if noise > 0 else float(np.sign(contrast) * np.inf) if contrast else 0.
@@ -239,7 +245,7 @@ def mean_overlap(heat:np.ndarray, # a map, (h, w)
 )->float: # between 0 and 1
     "Mean intersection over union at several thresholds."
     low, high = float(heat.min()), float(heat.max())
-    stretched = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
+    stretched = (heat - low) / (high - low) if not is_flat(heat) else np.zeros_like(heat)
     marked = stretched > np.reshape(thresholds, (-1, 1, 1)) # (thresholds, h, w)
     return float(((marked & region).sum((1, 2)) / (marked | region).sum((1, 2))).mean())
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ASKED', 'PARTIAL', 'OWN_PARTS', 'HEADS', 'LABELLED', 'TASKS', 'DATASET_SETTINGS', 'corpus_of', 'pretrain_config',
            'with_same_stage1', 'pretrain_run', 'settings_of', 'load_run', 'untrained', 'model_to_ask', 'Question',
-           'settle', 'head_settings', 'classify', 'detect', 'segment', 'retrieve', 'ask_in_words', 'ground', 'audit',
-           'ask', 'evaluation_config', 'evaluate_run', 'settings_for', 'end_to_end', 'problem_of', 'nearest_preset',
-           'in_short', 'describe_run']
+           'settle', 'head_settings', 'classify', 'detect', 'segment', 'drawn_by', 'retrieve', 'ask_in_words', 'ground',
+           'audit', 'ask', 'evaluation_config', 'evaluate_run', 'settings_for', 'end_to_end', 'problem_of',
+           'nearest_preset', 'in_short', 'describe_run']
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c002
 import sys
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..data.check import find_datasets
-from ..data.studies import label_array
+from ..data.studies import Split, label_array
 from ..encoders import IMAGE_ENCODERS
 from ..evaluation.classification import evaluate_fractions, extract_features
 from ..evaluation.cluster_audit import evaluate_clusters
@@ -141,7 +141,7 @@ def head_settings(q:Question, settings:Settings)->HeadSettings:
     return replace(HEADS[q.task], finetune=q.finetune, precision='fp32' if settings.precision == 'fp32' else 'auto', **(dict(epochs=q.epochs) if q.epochs else {}))
 
 def classify(problem, model, tokenize, settings, q, folder):
-    labels, exclusive = label_array(problem.studies, q.targets), problem.key == 'covidx'
+    labels, exclusive = label_array(problem.studies, q.targets), problem.key == 'covidx' and len(q.targets) > 2 # one of its classes is a finding like any other
     common = dict(fractions=q.fractions, seeds=q.seeds, exclusive=exclusive)
     if q.finetune:
         return evaluate_finetuned_classification(model.image_encoder, problem.images, settings.image_size, labels, problem.studies, problem.split, q.targets,
@@ -158,14 +158,16 @@ def segment(problem, model, tokenize, settings, q, folder):
                                  head_settings(q, settings), folder, boxes=problem.key == 'rsna')
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c015
+def drawn_by(split:Split)->str: return 'image' if split.by == 'image' else 'patient' # what a bootstrap draws
+
 def retrieve(problem, model, tokenize, settings, q, folder):
-    return evaluate_retrieval(model, tokenize, problem.images, settings.image_size, problem.studies, problem.rows('test'), by=problem.split.by)
+    return evaluate_retrieval(model, tokenize, problem.images, settings.image_size, problem.studies, problem.rows('test'), by=drawn_by(problem.split))
 
 def ask_in_words(problem, model, tokenize, settings, q, folder):
-    return evaluate_zero_shot(model, tokenize, problem.images, settings.image_size, problem.studies, q.targets or problem.targets, problem.rows('test'), by=problem.split.by)
+    return evaluate_zero_shot(model, tokenize, problem.images, settings.image_size, problem.studies, q.targets or problem.targets, problem.rows('test'), by=drawn_by(problem.split))
 
 def ground(problem, model, tokenize, settings, q, folder):
-    return evaluate_grounding(model, tokenize, problem.images, settings.image_size, problem.studies, problem.rows('test'), by=problem.split.by)
+    return evaluate_grounding(model, tokenize, problem.images, settings.image_size, problem.studies, problem.rows('test'), by=drawn_by(problem.split))
 
 def audit(problem, model, tokenize, settings, q, folder):
     rows = problem.rows('train', lambda s: bool(s.sentences))

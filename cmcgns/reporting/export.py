@@ -6,10 +6,10 @@
 __all__ = ['RESNETS', 'RESNET_NAMES', 'VITS', 'VIT_NAMES', 'HEADS', 'SENTENCE', 'SAID', 'LINES', 'FOREIGN', 'FORMATS',
            'norm_shapes', 'resnet_shapes', 'rename', 'check_same', 'check_shapes', 'Foreign', 'resnet_state',
            'to_torchvision', 'vit_shapes', 'fuse_qkv', 'positions_of', 'to_timm', 'head_state', 'check_tensors',
-           'Source', 'without_paths', 'task_of', 'open_source', 'role_of', 'evaluations_of', 'mean_and_interval',
-           'result_rows', 'python', 'try_code', 'transformers_code', 'foreign_code', 'heads_code', 'ours_code',
-           'pixels_text', 'licence_of', 'data_text', 'settings_text', 'results_text', 'versions_text', 'card',
-           'choose_formats', 'write_weights', 'write_facts', 'export_run']
+           'Source', 'without_paths', 'task_of', 'open_source', 'role_of', 'evaluations_of', 'result_rows', 'python',
+           'try_code', 'transformers_code', 'foreign_code', 'heads_code', 'ours_code', 'pixels_text', 'licence_of',
+           'data_text', 'settings_text', 'results_text', 'versions_text', 'card', 'choose_formats', 'write_weights',
+           'write_facts', 'export_run']
 
 # %% ../../nbs/reporting/46_export.ipynb #c002
 import hashlib
@@ -30,7 +30,7 @@ from ..encoders import ENCODERS, ImageEncoder, expand_channels, quiet_transforme
 from ..model import CMCGNS, PUBLISHED, load_model
 from ..pretraining import Settings, save_whole
 from .runs import Run, environment, list_runs
-from .tables import markdown
+from .tables import markdown, summarise
 from ..text import load_tokenizer
 
 # %% ../../nbs/reporting/46_export.ipynb #c005
@@ -247,11 +247,6 @@ def evaluations_of(run:Run, # a finished pre-training
 SAID = 'direction', 'rule', 'finding', 'label', 'source', 'cluster', 'truth' # what a row may be about
 LINES = 12 # of a card's table, at most, for one evaluation
 
-def mean_and_interval(rows:Sequence[Mapping])->str: # one a seed
-    "Mean ± standard deviation over seeds, and the mean 95 % interval where there is one."
-    value, low, high = (np.array([np.nan if r.get(k) is None else r[k] for r in rows], float) for k in ('value', 'low', 'high'))
-    return f"{value.mean():.3f}" + (f" ± {value.std(ddof=1):.3f}" if len(rows) > 1 else '') + ('' if np.isnan([low, high]).any() else f" [{low.mean():.3f}, {high.mean():.3f}]")
-
 def result_rows(evaluation:Run, role:str)->tuple[list[dict], int]: # lines of the table; how many more there are
     "What one evaluation found: a line for each share of the labels and thing asked, its seeds together."
     c, groups = evaluation.config, {}
@@ -260,7 +255,7 @@ def result_rows(evaluation:Run, role:str)->tuple[list[dict], int]: # lines of th
         about = ', '.join(str(r[k]) for k in SAID if r.get(k) not in (None, '')) or asked
         if r.get('value') is not None: groups.setdefault((about, r['metric'], r.get('fraction')), []).append(r)
     lines = [{'task': c['task'], 'data': c['data']['dataset'], 'encoder': role, 'asked': about, 'labels': '' if f is None else f'{100*f:g} %', 'metric': metric,
-              'mean ± std [95 %]': mean_and_interval(rows), 'n test': rows[0].get('n_test', ''), 'label seeds': len(rows)} for (about, metric, f), rows in groups.items()]
+              'mean ± std [95 %]': summarise(rows), 'n test': rows[0].get('n_test', ''), 'label seeds': len(rows)} for (about, metric, f), rows in groups.items()]
     return lines[:LINES], max(0, len(lines) - LINES)
 
 # %% ../../nbs/reporting/46_export.ipynb #c042
@@ -359,7 +354,7 @@ def results_text(evaluations:Sequence[Run], roles:Sequence[str])->str:
     found = [result_rows(e, r) for e, r in zip(evaluations, roles)]
     more = [f'`evaluations/{e.folder.name}.json` has {n} further lines.' for e, (_, n) in zip(evaluations, found) if n]
     lines = [line for some_lines, _ in found for line in some_lines]
-    how = 'Value and 95 % interval are means over label seeds, ± is their standard deviation. All rows, with split, settings and versions: `evaluations/`.'
+    how = 'Value and 95 % interval are means over label seeds, ± is the standard deviation of those that differ. All rows, with split, settings and versions: `evaluations/`.'
     return '\n\n'.join([markdown(lines) if lines else 'The evaluations have no numbers.', *more, how])
 
 def versions_text(facts:Mapping)->str:

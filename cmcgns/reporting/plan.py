@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ..data.check import find_datasets
+from ..data.check import DATASETS, find_datasets
 from ..model import PUBLISHED
 from ..pretraining import Settings, check_settings
 from .experiments import ASKED, OWN_PARTS, Question, ask, evaluate_run, evaluation_config, pretrain_config, pretrain_run, settings_for
@@ -179,7 +179,7 @@ class Reproduction:
             real = self.corpus != 'synthetic'
             return open_problem(self.data_root if real else None, self.cache, size, SYNTHETIC_STUDIES.get(self.preset, 1600),
                                 dataset=self.corpus if real else None, split=split)
-        if key in self.found: return open_problem(self.data_root, self.cache, size, dataset=key)
+        if key in self.found: return open_problem(self.data_root, self.cache, size, dataset=key, split='published' if DATASETS[key].published else 'ours')
         if self.only_real: raise ValueError(f"{key} is not in {self.data_root}, and --only-real forbids a stand-in; data/README.md tells how to get it")
         return open_problem(stand_in(key, self.cache, STAND_INS.get(self.preset, 400), size), self.cache, size, dataset=key)
 

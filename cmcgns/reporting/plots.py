@@ -8,11 +8,11 @@ __all__ = ['COLOURS', 'MARKERS', 'GREY', 'INK', 'STYLE', 'BOOKKEEPING', 'FINDS',
            'plot_losses', 'unit_of', 'plot_training', 'project', 'project_linearly', 'draw_groups', 'plot_clusters',
            'draw_negatives', 'plot_sentence', 'as_grey', 'grey_films', 'draw_image', 'plot_studies', 'paint_chest',
            'draw_boxes', 'draw_masks', 'add_key', 'plot_boxes', 'plot_masks', 'enlarge', 'draw_rebuilt',
-           'plot_reconstructions', 'draw_told', 'plot_reconstructions_by', 'draw_attention', 'plot_attention',
-           'draw_winners', 'plot_regions', 'draw_encoder', 'plot_fractions', 'spell_range', 'label_fractions',
-           'draw_moments', 'plot_moments', 'plot_means', 'write', 'box', 'arrow', 'bars', 'patches', 'picture',
-           'draw_inputs', 'draw_features', 'draw_attention_both_ways', 'draw_map', 'loss_box', 'draw_sentence_contrast',
-           'draw_local_losses', 'draw_rebuilding', 'draw_method']
+           'hidden_regions', 'plot_reconstructions', 'draw_told', 'plot_reconstructions_by', 'draw_attention',
+           'plot_attention', 'draw_winners', 'plot_regions', 'draw_encoder', 'plot_fractions', 'spell_range',
+           'label_fractions', 'draw_moments', 'plot_moments', 'plot_means', 'write', 'box', 'arrow', 'bars', 'patches',
+           'picture', 'draw_inputs', 'draw_features', 'draw_attention_both_ways', 'draw_map', 'loss_box',
+           'draw_sentence_contrast', 'draw_local_losses', 'draw_rebuilding', 'draw_method']
 
 # %% ../../nbs/reporting/40_plots.ipynb #c002
 import os
@@ -477,21 +477,30 @@ def draw_rebuilt(axs:Sequence[Axes], # four of them
     return off
 
 # %% ../../nbs/reporting/40_plots.ipynb #c060
+def hidden_regions(masked, # which regions were hidden, (n, p), bool; None where channels were hidden instead
+                   n:int, # films
+                   grid:tuple[int, int]|None, # regions down and across; a square unless given
+)->tuple[np.ndarray, tuple[int, int], str]: # (n, p), bool; the grid; what a title says
+    "What was hidden, for a picture and its title."
+    if masked is None: return np.zeros((n, 1), bool), (1, 1), 'channels hidden, no region'
+    masked = np.asarray(masked, bool)
+    return masked, grid or (round(masked[0].size**.5),) * 2, f'{masked.mean():.0%} of regions hidden'
+
 @rc_context(STYLE)
 def plot_reconstructions(images, # what went in, (n, h, w), uint8 or float in [-1, 1]
-                         masked, # which regions were hidden, (n, p), bool
+                         masked, # which regions were hidden, (n, p), bool; None where channels were
                          rebuilt, # what came out, like `images`
                          origin:str, # where the data come from
                          grid:tuple[int, int]|None=None, # regions down and across; a square unless given
 )->Picture:
     "Input, hidden regions, output and absolute difference, a column a study."
-    images, rebuilt, masked = grey_films(images), grey_films(rebuilt), np.asarray(masked, bool)
+    images, rebuilt = grey_films(images), grey_films(rebuilt)
+    masked, grid, what = hidden_regions(masked, len(images), grid)
     if images.shape != rebuilt.shape or len(masked) != len(images):
         raise ValueError(f"images {images.shape}, masks {masked.shape} and rebuilt images {rebuilt.shape} do not go together")
-    grid = grid or (round(masked[0].size**.5),) * 2
     n, far = len(images), 2 * np.abs(images - rebuilt) # on the model's range, (n, h, w)
     worst = max(.1, float(np.quantile(far, .995)))
-    fig, axs = start_figure(f'Reconstructions (n = {n}, {masked.mean():.0%} of regions hidden, L1 {far.mean():.3f})', origin, 4 * n, n, (1.3, 1.3))
+    fig, axs = start_figure(f'Reconstructions (n = {n}, {what}, L1 {far.mean():.3f})', origin, 4 * n, n, (1.3, 1.3))
     for i in range(n): off = draw_rebuilt(axs[i::n], images[i], enlarge(masked[i], grid, images.shape[1:]), rebuilt[i], worst)
     for ax, row in zip(axs[::n], ('input', 'hidden', 'rebuilt', 'off by')): ax.text(-.06, .5, row, transform=ax.transAxes, rotation=90, va='center', ha='right')
     fig.colorbar(off, ax=axs[3 * n:], shrink=.8, label='of a range of 2', extend='max')
@@ -518,19 +527,20 @@ def draw_told(axs:Sequence[Axes], # two for each way, and one
 # %% ../../nbs/reporting/40_plots.ipynb #c065
 @rc_context(STYLE)
 def plot_reconstructions_by(images, # what went in, (n, h, w), uint8 or float in [-1, 1]
-                            masked, # which regions were hidden, (n, p), bool
+                            masked, # which regions were hidden, (n, p), bool; None where channels were
                             rebuilt:Mapping[str, Sequence], # what came out, like `images`, by what the decoder was told
                             origin:str, # where the data come from
                             grid:tuple[int, int]|None=None, # regions down and across; a square unless given
 )->Picture:
     "Input and hidden regions, then output and difference for each way, and where the first and the last way differ; a column a study."
-    images, masked, ways = grey_films(images), np.asarray(masked, bool), [grey_films(v) for v in rebuilt.values()]
+    images, ways = grey_films(images), [grey_films(v) for v in rebuilt.values()]
+    masked, grid, what = hidden_regions(masked, len(images), grid)
     if len(ways) < 2 or any(w.shape != images.shape for w in ways) or len(masked) != len(images):
         raise ValueError(f"images {images.shape}, masks {masked.shape} and {len(ways)} ways {[w.shape for w in ways]} do not go together: two ways or more are compared")
-    grid, n = grid or (round(masked[0].size**.5),) * 2, len(images)
+    n = len(images)
     worst = max(.1, float(np.quantile([2 * np.abs(images - w) for w in ways], .995)))
     rows = ['hidden', *(r for name in rebuilt for r in (name, 'off by')), 'the two differ' if len(ways) == 2 else 'first and last\ndiffer']
-    fig, axs = start_figure(f'Rebuilt {" and ".join(rebuilt)} (n = {n}, {masked.mean():.0%} of regions hidden)', origin, (len(rows) + 1) * n, n, (1.4, 1.4))
+    fig, axs = start_figure(f'Rebuilt {" and ".join(rebuilt)} (n = {n}, {what})', origin, (len(rows) + 1) * n, n, (1.4, 1.4))
     for i in range(n):
         hidden = enlarge(masked[i], grid, images.shape[1:])
         for ax in axs[i], axs[n + i]: draw_image(ax, images[i])

@@ -6,8 +6,8 @@
 __all__ = ['MISLEADING', 'FEW', 'SIGNS', 'runs_of', 'fold_of', 'rows_of_runs', 'over_folds', 'cell', 'dig', 'tested', 'counted',
            'labelled_row', 'labelled_table', 'paired', 'signed', 'differences', 'difference_row', 'both_of', 'by_data',
            'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict', 'deciding', 'count_ahead',
-           'claim_table', 'told_apart', 'unlabelled_table', 'published_rows', 'latex', 'save_table', 'describe_split',
-           'describe_origin', 'describe_heads', 'save_result']
+           'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table', 'published_rows', 'latex',
+           'save_table', 'describe_split', 'describe_origin', 'describe_heads', 'save_result']
 
 # %% ../../nbs/reporting/49_results.ipynb #c002
 import csv
@@ -23,7 +23,7 @@ from ..evaluation.classification import accuracy, bootstrap_difference, mean_aur
 from .experiments import ASKED, Question
 from .plan import Reproduction, Table, applies, job_of
 from .runs import Run
-from .tables import by_fraction, markdown, save_csv, spell
+from .tables import by_fraction, known_mean, markdown, save_csv, spell, std_of
 
 # %% ../../nbs/reporting/49_results.ipynb #c007
 def runs_of(r:Reproduction, found:Mapping[str, Run], table:Table, arm, data:str, question:Question)->list[Run]: # one a split and seed; those that are there
@@ -34,8 +34,8 @@ def runs_of(r:Reproduction, found:Mapping[str, Run], table:Table, arm, data:str,
 
 def fold_of(run:Run)->str: return run.config['data']['how']
 
-def rows_of_runs(runs:Sequence[Run])->list[dict]: # each with its fold
-    return [row | dict(fold=fold_of(run)) for run in runs for row in run.metrics['rows']]
+def rows_of_runs(runs:Sequence[Run])->list[dict]: # each with its fold, and with the number of its run
+    return [row | dict(fold=fold_of(run), run=i) for i, run in enumerate(runs) for row in run.metrics['rows']]
 
 
 # %% ../../nbs/reporting/49_results.ipynb #c111
@@ -50,12 +50,9 @@ def over_folds(folds:Sequence[tuple[float, float, float]], # value, low and high
 
 def cell(rows:Sequence[Mapping])->str: # mean ± std [low, high]
     "Rows of one arm, question and fraction, over folds, seeds and draws."
-    number = lambda k, of: np.array([np.nan if x.get(k) is None else x[k] for x in of], float)
-    if np.isnan(all_values := number('value', rows)).all(): return '–'
     groups = [[x for x in rows if x.get('fold') == f] for f in dict.fromkeys(x.get('fold') for x in rows)]
-    mean = lambda x: np.nan if np.isnan(x).all() else np.nanmean(x)
-    v, low, high = over_folds([[mean(number(k, g)) for k in ('value', 'low', 'high')] for g in groups])
-    return f"{v:.3f}" + (f" ± {np.nanstd(all_values, ddof=1):.3f}" if len(rows) > 1 else '') + ('' if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+    v, low, high = over_folds([[known_mean(x.get(k) for x in g) for k in ('value', 'low', 'high')] for g in groups])
+    return '–' if np.isnan(v) else f"{v:.3f}{std_of(rows)}" + ('' if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
 
 # %% ../../nbs/reporting/49_results.ipynb #c011
@@ -80,7 +77,7 @@ def labelled_row(arm, name:str, runs:Sequence[Run], question:Question)->dict:
     groups = by_fraction(rows)
     whole = groups[max(groups)]
     sizes = '/'.join(str(round(np.mean([x['n_train'] for x in g]))) for g in groups.values())
-    beside = {k: f"{np.nanmean([dig(x, keys) for x in whole]):.3f}" for k, keys in MISLEADING.get(question.task, {}).items()}
+    beside = {k: f"{known_mean(dig(x, keys) for x in whole):.3f}" for k, keys in MISLEADING.get(question.task, {}).items()}
     return {'data': name, 'encoder': arm.name, 'metric': spell(whole[0]['metric'])} | {f'{100 * f:g} %': cell(g) for f, g in groups.items()} | beside | {
         'n train': sizes, 'n test': tested(whole), 'seeds': counted(runs, whole)}
 
@@ -165,7 +162,7 @@ def deciding(runs:Sequence[Run])->list[float]: # all shares of the labels, but f
 
 def count_ahead(mine:Sequence[Run], theirs:Sequence[Run])->int: # of as many trainings
     "In how many folds and seeds an arm is ahead of the other, with the most labels."
-    def value(run): groups = by_fraction(run.metrics['rows']); return np.mean([x['value'] for x in groups[max(groups)]])
+    def value(run): groups = by_fraction(run.metrics['rows']); return known_mean(x['value'] for x in groups[max(groups)])
     return sum(value(a) > value(b) for a, b in zip(mine, theirs))
 
 def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table)->list[dict]: # a row a claim and data set; those whose rows are there
@@ -179,24 +176,29 @@ def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table)->list[dict
     return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c020
-def told_apart(rows:Sequence[Mapping])->list[str]: # keys of text by which the rows of one run differ
+def told_apart(rows:Sequence[Mapping])->list[str]: # keys of text by which the rows differ
     "What the rows of a task without labels are called by."
-    return [k for k in rows[0] if all(isinstance(x.get(k), str) for x in rows) and len({x[k] for x in rows}) > 1]
+    return [k for k in (rows[0] if rows else ()) if all(isinstance(x.get(k), str) for x in rows) and len({x[k] for x in rows}) > 1]
+
+def rows_without_labels(runs:Sequence[Run], # of one arm
+                        keys:Sequence[str], # by which rows are told apart
+                        keep=lambda row: True, # which rows
+)->list[dict]: # each a mean over the runs that have it
+    "The rows of an arm that is asked as it is."
+    each, out = [{tuple(x[k] for k in keys): x for x in rows_of_runs([run]) if keep(x)} for run in runs], []
+    for called in dict.fromkeys(name for e in each for name in e):
+        rows = [e[called] for e in each if called in e]
+        chance = [x['chance'] for x in rows if x.get('chance') is not None]
+        out.append(dict(zip(keys, called)) | {'value': cell(rows), 'chance': f'{np.mean(chance):.3f}' if chance else '–', 'n': tested(rows), 'runs': len(rows)})
+    return out
 
 def unlabelled_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:str, keep=lambda row: True)->list[dict]: # a row a data set, arm and metric
     "The part of a table that asks a model as it is."
     out = []
-    for data, q in r.asked(table):
-        for arm in table.arms if q.task == task else ():
-            runs = runs_of(r, found, table, arm, data, q)
-            if not runs: continue
-            keys = told_apart(runs[0].metrics['rows'])
-            each = [{tuple(x[k] for k in keys): x for x in rows_of_runs([run]) if keep(x)} for run in runs]
-            for called in each[0]:
-                rows = [e[called] for e in each if called in e]
-                chance = [x['chance'] for x in rows if x.get('chance') is not None]
-                out.append({'data': r.problem(data).name, 'encoder': arm.name} | dict(zip(keys, called)) | {
-                    'value': cell(rows), 'chance': f'{np.mean(chance):.3f}' if chance else '–', 'n': tested(rows), 'runs': len(rows)})
+    for data, q in (asked for asked in r.asked(table) if asked[1].task == task):
+        arms = {arm.name: runs_of(r, found, table, arm, data, q) for arm in table.arms}
+        keys = told_apart([x for runs in arms.values() for run in runs for x in run.metrics['rows']])
+        out += [{'data': r.problem(data).name, 'encoder': name} | row for name, runs in arms.items() for row in rows_without_labels(runs, keys, keep)]
     return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c024
@@ -249,7 +251,8 @@ def describe_origin(r:Reproduction, datasets:Sequence[str]=('corpus',))->str:
     drawn = [n for n in names if n.startswith('synthetic')]
     said = f"Pre-trained on {r.problem('corpus').name} ({len(r.problem('corpus').rows('train'))} training studies), preset {r.preset}, pre-training seeds {', '.join(map(str, r.seeds))}, {describe_split(r)}. "
     if drawn: said += f"Synthetic data, no patients: {', '.join(drawn)}. These numbers say that the code learns, and nothing about X-rays. "
-    return said + 'Mean ± standard deviation over pre-training seeds × draws of labels; in brackets 95 % bootstrap intervals over test patients (images where patients are unknown).'
+    if listed := [r.problem(k).name for k in dict.fromkeys(datasets) if k != 'corpus' and r.problem(k).how == 'published']: said += f"Tested on the test part of the publisher's own split: {', '.join(listed)}. "
+    return said + 'Mean ± standard deviation over pre-training seeds × draws of labels, what does not differ counted once; in brackets 95 % bootstrap intervals over test patients (images where patients are unknown).'
 
 def describe_heads(r:Reproduction, table:Table)->str: # nothing for a table without boxes and masks
     "How long the heads of a table learned, and from how many draws."
