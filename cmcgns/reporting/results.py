@@ -233,9 +233,10 @@ def save_table(rows:Sequence[Mapping], # all with the same keys
                name:str, # of the files
                note:str='', # what a reader must know, below the table
 ):
-    "Write a table as CSV, Markdown and LaTeX."
+    "Write a table as CSV, Markdown and LaTeX; nothing of no rows."
     place = Path(place)
     place.mkdir(parents=True, exist_ok=True)
+    if not rows: return
     save_csv(rows, place/f'{name}.csv')
     (place/f'{name}.md').write_text(f'{markdown(rows)}\n\n{note}\n', encoding='utf-8')
     (place/f'{name}.tex').write_text(f'% {" ".join(note.split())}\n{latex(rows)}\n', encoding='utf-8')

@@ -23,7 +23,8 @@ from .runs import Run
 # %% ../../nbs/reporting/42_tables.ipynb #c004
 def markdown(rows:Sequence[Mapping], # all with the same keys
 )->str:
-    "Rows as a Markdown table."
+    "Rows as a Markdown table; of none, a sentence."
+    if not rows: return "No two of the rows that were asked for are compared."
     columns = list(rows[0])
     line = lambda cells: '| ' + ' | '.join(map(str, cells)) + ' |'
     return '\n'.join([line(columns), line('---' for _ in columns), *(line(r[c] for c in columns) for r in rows)])
