@@ -6,10 +6,10 @@
 __all__ = ['RESNETS', 'RESNET_NAMES', 'VITS', 'VIT_NAMES', 'HEADS', 'SENTENCE', 'SAID', 'LINES', 'FOREIGN', 'FORMATS',
            'norm_shapes', 'resnet_shapes', 'rename', 'check_same', 'check_shapes', 'Foreign', 'resnet_state',
            'to_torchvision', 'vit_shapes', 'fuse_qkv', 'positions_of', 'to_timm', 'head_state', 'check_tensors',
-           'Source', 'without_paths', 'task_of', 'open_source', 'role_of', 'evaluations_of', 'result_rows', 'python',
-           'try_code', 'transformers_code', 'foreign_code', 'heads_code', 'ours_code', 'pixels_text', 'licence_of',
-           'data_text', 'settings_text', 'results_text', 'versions_text', 'card', 'choose_formats', 'write_weights',
-           'write_facts', 'export_run']
+           'Source', 'without_paths', 'task_of', 'open_source', 'started_with', 'role_of', 'evaluations_of',
+           'result_rows', 'python', 'try_code', 'transformers_code', 'foreign_code', 'heads_code', 'ours_code',
+           'pixels_text', 'licence_of', 'data_text', 'settings_text', 'results_text', 'versions_text', 'card',
+           'choose_formats', 'write_weights', 'write_facts', 'export_run']
 
 # %% ../../nbs/reporting/46_export.ipynb #c002
 import hashlib
@@ -225,22 +225,24 @@ def open_source(run:Run|str|Path, # a finished pre-training, its folder, or the 
     run, place = (Run(home), folder) if task == 'model' else (Run(folder), None)
     last = run.folder/run.metrics['model']
     name = run.folder.name if place in (None, last) else f'{run.folder.name} {place.parent.name}'
-    facts = dict(settings=run.config['settings'], data=run.config['data'], pairs=run.metrics['pairs'], environment=run.read('environment'))
+    facts = dict(settings=run.config['settings'], data=run.config['data'], pairs=run.metrics['pairs'], environment=run.read('environment')) | {k: v for k, v in run.config.items() if k == 'weights'}
     return Source(load_model(place or last), load_tokenizer(run.folder/'tokenizer'), name, facts)
 
 # %% ../../nbs/reporting/46_export.ipynb #c037
+def started_with(config:Mapping)->tuple: return config.get('settings'), config.get('weights') # and which files a local folder had
+
 def role_of(evaluation:Run, source:Source)->str: # for the table
     "Whose evaluation a run is. Raises `ValueError` for another encoder's."
-    encoder, settings = (evaluation.config.get(k) for k in ('encoder', 'settings'))
+    encoder, start = evaluation.config.get('encoder'), started_with(evaluation.config)
     if encoder == source.name: return 'this'
-    if encoder in ('random', 'initial') and settings == source.facts.get('settings'): return f'{encoder}, before training'
+    if encoder in ('random', 'initial') and start == started_with(source.facts): return f'{encoder}, before training'
     raise ValueError(f"{evaluation.folder.name} is about {'no encoder' if encoder is None else f'the encoder {encoder!r}'}, expected {source.name!r} or what it started from: give evaluations of what you export")
 
 def evaluations_of(run:Run, # a finished pre-training
 )->list[Run]: # oldest first
     "The finished evaluations of a run, and of what it started from, in the same folder of runs."
     c = run.config
-    own = lambda r: r.get('encoder') == run.folder.name or (r.get('encoder') in ('random', 'initial') and r.get('settings') == c['settings'])
+    own = lambda r: r.get('encoder') == run.folder.name or (r.get('encoder') in ('random', 'initial') and started_with(r) == started_with(c))
     return [r for r in list_runs(run.folder.parent) if own(r.config)]
 
 # %% ../../nbs/reporting/46_export.ipynb #c038
