@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from cmcgns.baselines.convirt import ConVIRT
 from cmcgns.encoders import AttentionPool, ImageEncoder, image_config, quiet_transformers
 from cmcgns.model import Method, build_model, load_model
 from cmcgns.pretraining import make_settings
@@ -525,6 +526,21 @@ def test_a_card_says_what_it_is(tmp_path):
     assert "| c12 |" not in text
     kept = json.loads((tmp_path/"out"/"evaluations"/f"{clusters.folder.name}.json").read_text())
     assert kept["config"]["data"]["split"] == "s1" and len(kept["metrics"]["rows"]) == 21 and "torch" in kept["environment"]
+
+
+class Mine(ConVIRT):
+    "An objective of one's own."
+
+
+@pytest.mark.parametrize("objective, said", [
+    ("cm-cgns", "Cross-Modal Clustering-Guided Negative Sampling (arXiv:2506.11674)"), ("convirt", "ConVIRT (arXiv:2010.00747)"), ("gloria", "GLoRIA (ICCV 2021)"),
+    ("mgca", "MGCA (arXiv:2210.06044)"), ("prior", "PRIOR (arXiv:2307.12577)"), (f"{__name__}.Mine", f"an objective of its maker's own, `{__name__}.Mine`")])
+def test_a_card_names_the_method(tmp_path, try_card, objective, said):
+    run = make_run(tmp_path/"runs", "resnet-tiny", objective=objective)
+    for source, name in (run, "run"), (run.folder/"stage1"/"model", "stage"):
+        text = (export_run(source, tmp_path/name)/"README.md").read_text()
+        assert f"trained together by {said}" in text and (objective == "cm-cgns") == ("arXiv:2506.11674" in text)
+    assert try_card(tmp_path/"run")
 
 
 def test_a_card_for_real_data_says_nothing_of_synthetic_ones(tmp_path):
