@@ -6,7 +6,7 @@
 __all__ = ['RESNETS', 'RESNET_NAMES', 'VITS', 'VIT_NAMES', 'HEADS', 'SENTENCE', 'SAID', 'LINES', 'METHODS', 'FOREIGN', 'FORMATS',
            'norm_shapes', 'resnet_shapes', 'rename', 'check_same', 'check_shapes', 'Foreign', 'resnet_state',
            'to_torchvision', 'vit_shapes', 'fuse_qkv', 'positions_of', 'to_timm', 'head_state', 'check_tensors',
-           'Source', 'without_paths', 'task_of', 'open_source', 'started_with', 'role_of', 'evaluations_of',
+           'Source', 'without_paths', 'task_of', 'open_source', 'started_with', 'role_of', 'evaluations_of', 'learned',
            'result_rows', 'python', 'try_code', 'transformers_code', 'foreign_code', 'heads_code', 'ours_code',
            'pixels_text', 'licence_of', 'data_text', 'settings_text', 'method_of', 'results_text', 'versions_text',
            'card', 'choose_formats', 'write_weights', 'write_facts', 'export_run']
@@ -249,14 +249,22 @@ def evaluations_of(run:Run, # a finished pre-training
 SAID = 'direction', 'rule', 'finding', 'label', 'source', 'cluster', 'truth' # what a row may be about
 LINES = 12 # of a card's table, at most, for one evaluation
 
+def learned(task:str, question:Mapping)->str: # of an evaluation with labels
+    "What learned from the labels, and how if it was not as published."
+    frozen = 'fine-tuned' if question.get('finetune') else 'frozen'
+    if task == 'classification' and frozen == 'frozen': return f"{frozen}, {question['solver']}" if 'solver' in question else frozen # a probe has no epochs to choose
+    return f"{frozen}, {question['epochs']} epochs at most" if question.get('epochs') else frozen
+
 def result_rows(evaluation:Run, role:str)->tuple[list[dict], int]: # lines of the table; how many more there are
     "What one evaluation found: a line for each share of the labels and thing asked, its seeds together."
     c, groups = evaluation.config, {}
-    asked = ', '.join(c.get('question', c).get('targets') or ())
+    question = c.get('question', c)
+    asked, how = ', '.join(question.get('targets') or ()), learned(c['task'], question)
     for r in evaluation.metrics['rows']:
         about = ', '.join(str(r[k]) for k in SAID if r.get(k) not in (None, '')) or asked
         if r.get('value') is not None: groups.setdefault((about, r['metric'], r.get('fraction')), []).append(r)
-    lines = [{'task': c['task'], 'data': c['data']['dataset'], 'encoder': role, 'asked': about, 'labels': '' if f is None else f'{100*f:g} %', 'metric': metric,
+    lines = [{'task': c['task'], 'data': c['data']['dataset'], 'split': without_paths(c['data']['how']), 'encoder': role, 'asked': about,
+              'labels': '' if f is None else f'{100*f:g} %', 'learned': '' if f is None else how, 'metric': metric,
               'mean ± std [95 %]': summarise(rows), 'n test': rows[0].get('n_test', ''), 'label seeds': len(rows)} for (about, metric, f), rows in groups.items()]
     return lines[:LINES], max(0, len(lines) - LINES)
 
