@@ -540,6 +540,13 @@ def test_unlike_evaluations_do_not_look_alike(tmp_path):
                                                                    ("covid-cxr-2", "frozen, solved"), ("lists", "frozen, solved"), ("ours", "")]
 
 
+def test_ways_of_asking_a_cluster_are_no_seeds(tmp_path):
+    run = make_run(tmp_path/"runs")
+    rows = [dict(source="trained", cluster="cross-modal", asks=asks, metric="started", truth="", value=v, n=3) for asks, v in (("sentence", .1), ("clustered", .3))]
+    lines, _ = result_rows(make_evaluation(run, task="clusters", rows=rows), "this")
+    assert [(line["asked"], line["label seeds"]) for line in lines] == [("trained, cross-modal, sentence", 1), ("trained, cross-modal, clustered", 1)]
+
+
 class Mine(ConVIRT):
     "An objective of one's own."
 

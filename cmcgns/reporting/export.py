@@ -246,7 +246,7 @@ def evaluations_of(run:Run, # a finished pre-training
     return [r for r in list_runs(run.folder.parent) if own(r.config)]
 
 # %% ../../nbs/reporting/46_export.ipynb #c038
-SAID = 'direction', 'rule', 'finding', 'label', 'source', 'cluster', 'truth' # what a row may be about
+SAID = 'direction', 'rule', 'finding', 'label', 'source', 'cluster', 'asks', 'truth' # what a row may be about
 LINES = 12 # of a card's table, at most, for one evaluation
 
 def learned(task:str, question:Mapping)->str: # of an evaluation with labels
