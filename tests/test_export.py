@@ -3,7 +3,7 @@ import json
 import re
 import sys
 import types
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from cmcgns.baselines.convirt import ConVIRT
 from cmcgns.encoders import AttentionPool, ImageEncoder, image_config, quiet_transformers
 from cmcgns.model import Method, build_model, load_model
 from cmcgns.pretraining import make_settings
 from cmcgns.reporting import export
 from cmcgns.reporting.experiments import Question, evaluate_run, load_run, pretrain_run
-from cmcgns.reporting.export import VIT_NAMES, evaluations_of, export_run, fuse_qkv, rename, resnet_shapes, to_timm, to_torchvision, vit_shapes
+from cmcgns.reporting.export import VIT_NAMES, evaluations_of, export_run, fuse_qkv, rename, resnet_shapes, result_rows, to_timm, to_torchvision, vit_shapes
 from cmcgns.reporting.problems import open_problem
 from cmcgns.reporting.runs import find_run, list_runs, run_once
 from cmcgns.text import train_tokenizer
@@ -317,7 +318,7 @@ def make_run(root, image_encoder="resnet-18", size=64, dataset="synthetic", stag
 
 def make_evaluation(run, encoder=None, task="classification", rows=None, **config):
     rows = rows or [dict(fraction=f, seed=s, metric="auroc", value=v, low=v - .1, high=v + .1, n_test=4) for f, v in ((.1, .6), (1., .7)) for s in (0, 1)]
-    config = dict(encoder=encoder or run.folder.name, settings=run.config["settings"], data=run.config["data"], question=dict(targets=["Edema"])) | config
+    config = dict(encoder=encoder or run.folder.name, settings=run.config["settings"], data=run.config["data"], question=asdict(Question(targets=("Edema",)))) | config
     return run_once(run.folder.parent, task, config, lambda folder: dict(rows=rows))
 
 
@@ -519,12 +520,46 @@ def test_a_card_says_what_it_is(tmp_path):
     assert len(found) == 3 and clusters in found
     text = (export_run(run, tmp_path/"out", None, found)/"README.md").read_text()
     for part in ("license: apache-2.0", "- synthetic", "trained on synthetic data", "**For research. Not for clinical use.**", "**synthetic: drawn phantoms and drawn words, no patients**", "hash `s1`", "`f1`",
-                 "6 train, 2 validation, 4 test", "`seed=9`", "Behaviours of the published code that are on: weighting.", "| classification | synthetic | this | Edema | 10 % | auroc | 0.600 ± 0.000 [0.500, 0.700] | 4 | 2 |",
+                 "6 train, 2 validation, 4 test", "`seed=9`", "Behaviours of the published code that are on: weighting.", "| classification | synthetic | ours | this | Edema | 10 % | frozen, solved | auroc | 0.600 ± 0.000 [0.500, 0.700] | 4 | 2 |",
                  "| random, before training |", "| c11 |", f"`evaluations/{clusters.folder.name}.json` has 8 further lines.", f"torch {version('torch')}"):
         assert part in text, part
     assert "| c12 |" not in text
     kept = json.loads((tmp_path/"out"/"evaluations"/f"{clusters.folder.name}.json").read_text())
     assert kept["config"]["data"]["split"] == "s1" and len(kept["metrics"]["rows"]) == 21 and "torch" in kept["environment"]
+
+
+def test_unlike_evaluations_do_not_look_alike(tmp_path):
+    run = make_run(tmp_path/"runs")
+    for question in Question(), Question(solver="adamw"), Question(finetune=True), Question(finetune=True, epochs=3):
+        make_evaluation(run, question=asdict(replace(question, targets=("Edema",))))
+    for how in "covid-cxr-2", str(tmp_path/"lists"):
+        make_evaluation(run, data=run.config["data"] | dict(how=how))
+    make_evaluation(run, task="zero-shot", rows=[dict(finding="Edema", metric="auroc", value=.5, n_test=4)])
+    lines = [line for e in evaluations_of(run) for line in result_rows(e, "this")[0] if line["labels"] != "10 %"]
+    assert [(line["split"], line["learned"]) for line in lines] == [("ours", "frozen, solved"), ("ours", "frozen, adamw"), ("ours", "fine-tuned"), ("ours", "fine-tuned, 3 epochs at most"),
+                                                                   ("covid-cxr-2", "frozen, solved"), ("lists", "frozen, solved"), ("ours", "")]
+
+
+def test_ways_of_asking_a_cluster_are_no_seeds(tmp_path):
+    run = make_run(tmp_path/"runs")
+    rows = [dict(source="trained", cluster="cross-modal", asks=asks, metric="started", truth="", value=v, n=3) for asks, v in (("sentence", .1), ("clustered", .3))]
+    lines, _ = result_rows(make_evaluation(run, task="clusters", rows=rows), "this")
+    assert [(line["asked"], line["label seeds"]) for line in lines] == [("trained, cross-modal, sentence", 1), ("trained, cross-modal, clustered", 1)]
+
+
+class Mine(ConVIRT):
+    "An objective of one's own."
+
+
+@pytest.mark.parametrize("objective, said", [
+    ("cm-cgns", "Cross-Modal Clustering-Guided Negative Sampling (arXiv:2506.11674)"), ("convirt", "ConVIRT (arXiv:2010.00747)"), ("gloria", "GLoRIA (ICCV 2021)"),
+    ("mgca", "MGCA (arXiv:2210.06044)"), ("prior", "PRIOR (arXiv:2307.12577)"), (f"{__name__}.Mine", f"an objective of its maker's own, `{__name__}.Mine`")])
+def test_a_card_names_the_method(tmp_path, try_card, objective, said):
+    run = make_run(tmp_path/"runs", "resnet-tiny", objective=objective)
+    for source, name in (run, "run"), (run.folder/"stage1"/"model", "stage"):
+        text = (export_run(source, tmp_path/name)/"README.md").read_text()
+        assert f"trained together by {said}" in text and (objective == "cm-cgns") == ("arXiv:2506.11674" in text)
+    assert try_card(tmp_path/"run")
 
 
 def test_a_card_for_real_data_says_nothing_of_synthetic_ones(tmp_path):
@@ -562,7 +597,7 @@ def test_pre_train_evaluate_and_take_away(tmp_path, try_card, monkeypatch):
         evaluate_run(problem, settings, trained, tmp_path/"runs", Question(fractions=(1.,), seeds=(0,)))
     out = export_run(run, tmp_path/"out", evaluations=evaluations_of(run))
     text = (out/"README.md").read_text()
-    assert "| classification | synthetic | this |" in text and "| random, before training |" in text and len(list((out/"evaluations").iterdir())) == 2
+    assert "| classification | synthetic | ours | this |" in text and "| random, before training |" in text and len(list((out/"evaluations").iterdir())) == 2
     assert len(try_card(out)) == 7
     model = plain("resnet18", classes=0)
     model.load_state_dict(load_file(out/"torchvision_resnet18.safetensors"))

@@ -85,6 +85,7 @@ def every_plot(origin, n=4):
     yield plot_regions(grey[0], rng.random((196, 1)), (14, 14), ["no effusion"], origin)
     yield plot_fractions(results(("auroc", "accuracy"), ("random", "global only", "CM-CGNS")), origin)
     yield plot_fractions(results(encoders=("random",), fractions=(1.,), seeds=1), origin)
+    yield plot_fractions(results(encoders=[f"trained for {n} epochs" for n in range(7)]), origin)
     yield plot_studies([grey[0], grey[1, :20]], [long, ""], origin, boxes=[[(3, 4, 10, 12)], ()])
 
 
@@ -96,6 +97,17 @@ def test_every_title_names_the_origin_and_no_text_overlaps(origin):
         assert said in " ".join(fig.get_suptitle().split()), fig.get_suptitle()
         assert fig._suptitle.get_window_extent().x1 < fig.bbox.x1, "the title runs out of the figure"
         assert not overlapping(fig), fig.get_suptitle()
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_every_encoder_is_drawn_beside_its_fraction(n):
+    names = [f"encoder {i}" for i in range(n)]
+    ax = plot_fractions(results(encoders=names), "synthetic").axes[0]
+    lines = {line.get_label(): line.get_xdata() for line in ax.lines if line.get_label() in names}
+    points = np.concatenate([np.asarray(drawn.get_offsets()).reshape(-1, 2)[:, 0] for drawn in ax.collections if hasattr(drawn, "get_sizes") and len(drawn.get_sizes())])
+    assert [*lines] == names and all(np.round(x).tolist() == [0, 1, 2] for x in lines.values()) and len({x[0] for x in lines.values()}) == n
+    assert len(points) == 9 * n and ax.get_xlim()[0] < points.min() and points.max() < ax.get_xlim()[1]
+    assert np.bincount(np.round(points).astype(int)).tolist() == [3 * n] * 3
 
 
 def test_no_plot_touches_the_state_of_pyplot():

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,39 @@ def test_two_processes_train_like_one(tmp_path):
             first, last = ([r["loss"] for r in one[0] if "loss" in r][i] for i in (0, -1))
             assert abs(first - last) > 1e-2, "nothing was learned, so nothing was compared"
     assert what_it_came_to(tmp_path / "two", "resnet-tiny", "stage2")[1]["contrast.sampler.counts"].sum() > 500
+
+
+TOGETHER = """
+import os, sys, time
+from pathlib import Path
+from cmcgns.reporting.runs import run_once
+
+def compute(folder):
+    (Path(sys.argv[1])/f'computes-{os.environ["RANK"]}').touch()
+    while len([*Path(sys.argv[1]).glob('computes-*')]) < 2: time.sleep(.01) # as processes that train together do
+    return {}
+
+print(run_once(Path(sys.argv[1])/'runs', 'pretrain', {}, compute, together=True).folder.name)
+"""
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_processes_wait_for_another_jobs_run_together(tmp_path, found):
+    "While another job has the run, none computes; then all find it, or all compute."
+    from cmcgns.reporting.runs import CALLS, run_name
+    from filelock import FileLock
+    folder = tmp_path / "runs" / run_name("pretrain", {})
+    part = folder.with_name(folder.name + ".partial")
+    part.mkdir(parents=True)
+    (part / CALLS).write_text(json.dumps(dict(calls=1, before=0, began=0, job="another")))
+    env = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500", PYTHONPATH=os.environ.get("PYTHONPATH", str(Path(__file__).parents[1])))
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        started = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(tmp_path)], env=env | dict(RANK=str(rank)), stdout=subprocess.PIPE, text=True) for rank in range(2)]
+        time.sleep(8) # both are there
+        assert all(p.poll() is None for p in started) and not list(tmp_path.glob("computes-*"))
+        if found: os.replace(part, folder)
+    assert [p.communicate(timeout=60)[0].strip() for p in started] == [folder.name] * 2 and [p.returncode for p in started] == [0, 0]
+    assert len(list(tmp_path.glob("computes-*"))) == (0 if found else 2)
 
 
 def draw(*shape, seed=0):

@@ -630,12 +630,14 @@ def draw_encoder(ax:Axes, # where
                  rows:Sequence[Mapping], # results of one encoder: fraction, value, low, high
                  fractions:Sequence[float], # all fractions, in order
                  shift:float, # sideways, so that encoders do not hide each other
+                 apart:float, # from one encoder to the next; its seeds have this room
                  **style, # colour, marker, label
 ):
     "Each seed with its interval, and the line of means."
     at = np.array([fractions.index(row['fraction']) for row in rows]) + shift # (n,)
     value, low, high = (np.array([row[k] for row in rows], float) for k in ('value', 'low', 'high'))
-    aside = at + [.03 + .04 * sum(r['fraction'] == row['fraction'] for r in rows[:i]) for i, row in enumerate(rows)]
+    nth = np.array([sum(r['fraction'] == row['fraction'] for r in rows[:i]) for i, row in enumerate(rows)]) # of its fraction, (n,)
+    aside = at + .03 + nth * min(.04, (apart - .03) / (nth.max() + 1))
     ax.vlines(aside, low, high, color=style['color'], lw=.8, alpha=.6)
     ax.scatter(aside, value, s=8, color=style['color'], marker=style['marker'], alpha=.7, lw=0)
     ax.plot(sorted(set(at)), [value[at == x].mean() for x in sorted(set(at))], ms=5, mec='white', **style)
@@ -647,15 +649,17 @@ def plot_fractions(rows:Sequence[Mapping], # results: fraction, value, low, high
                    by:str='encoder', # the key that tells the lines apart
                    chance:Mapping[str, float]={'auroc': .5}, # what guessing reaches, by metric
 )->Picture:
-    "A test metric against the share of labels used, a line an encoder, a panel a metric."
+    "A test metric against the share of labels used, a line an encoder, a panel a metric; raises ValueError for more encoders than there are colours."
     metrics, groups = (list(dict.fromkeys(str(row.get(k, k)) for row in rows)) for k in ('metric', by))
+    if len(groups) > len(COLOURS): raise ValueError(f"{len(groups)} lines, expected at most {len(COLOURS)}: draw a figure for each part")
+    apart = min(.22, .8 / len(groups)) # all lines stay beside their fraction
     fractions = sorted({row['fraction'] for row in rows})
     fig, axs = start_figure('Linear classification', origin, len(metrics), 3, (3.4, 2.7))
     for ax, metric in zip(axs, metrics):
         here = [row for row in rows if str(row.get('metric', 'metric')) == metric]
         for i, (group, colour, marker) in enumerate(zip(groups, COLOURS, MARKERS)):
             mine = [row for row in here if str(row.get(by, by)) == group]
-            if mine: draw_encoder(ax, mine, fractions, .22 * (i - (len(groups) - 1) / 2) - .05, color=colour, marker=marker, label=group)
+            if mine: draw_encoder(ax, mine, fractions, apart * (i - (len(groups) - 1) / 2) - .05, apart, color=colour, marker=marker, label=group)
         if metric.lower() in chance: ax.axhline(chance[metric.lower()], color=GREY, ls=':', lw=1, label='guessing')
         label_fractions(ax, here, fractions, metric)
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)

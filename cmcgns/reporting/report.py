@@ -35,7 +35,7 @@ def evidence(results:Sequence[dict], # contents of `result.json`, one a page
     "Data, runs and versions of all pages, each once."
     data = {p['split']: dict(data=p['name'], **p['counts'], split=p['split'], drawn=p['how'], together=p['by']) for r in results for p in r.get('data', {}).values()}
     runs = {name: dict(run=name, task=x['task'], data=x['data']['dataset'], seconds=f"{x['seconds']:.0f}") for r in results for name, x in r.get('runs', {}).items()}
-    machines = {json.dumps(e := {k: v for k, v in x['environment'].items() if k != 'seconds'}): e for r in results for x in r.get('runs', {}).values()}
+    machines = {json.dumps(e := {k: v for k, v in x['environment'].items() if k not in ('seconds', 'calls')}): e for r in results for x in r.get('runs', {}).values()}
     total = sum(float(x['seconds']) for x in runs.values())
     return (f"<h2>Data</h2>{table_of(list(data.values()))}<h2>Versions and machines</h2>{table_of(list(machines.values()))}"
             f"<h2>Runs</h2><p>{len(runs)} runs, {total / 60:.0f} minutes of computing in all. A run is a folder of this name.</p>{table_of(list(runs.values()))}")
