@@ -484,7 +484,7 @@ def hidden_regions(masked, # which regions were hidden, (n, p), bool; None where
     "What was hidden, for a picture and its title."
     if masked is None: return np.zeros((n, 1), bool), (1, 1), 'channels hidden, no region'
     masked = np.asarray(masked, bool)
-    return masked, grid or (round(masked[0].size**.5),) * 2, f'{masked.mean():.0%} of regions hidden'
+    return masked, grid or (round(masked.shape[-1]**.5),) * 2, f'{masked.mean():.0%} of regions hidden'
 
 @rc_context(STYLE)
 def plot_reconstructions(images, # what went in, (n, h, w), uint8 or float in [-1, 1]
