@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['IMAGE_ENCODERS', 'TEXT_ENCODERS', 'ENCODERS', 'TASK_HEADS', 'SHAPELESS', 'read_config', 'image_config', 'text_config',
            'AttentionPool', 'map_to_regions', 'ImageFeatures', 'feature_grid', 'ImageEncoder', 'expand_channels',
-           'without_pooler', 'TextEncoder', 'SentencePool', 'quiet_transformers', 'config_differences', 'some',
-           'describe_misfit', 'read_weights', 'load_pretrained', 'stay_in_eval', 'freeze', 'norms_at_rest', 'join',
-           'in_parts']
+           'without_pooler', 'TextEncoder', 'SentencePool', 'quiet_transformers', 'heap_aside', 'config_differences',
+           'some', 'describe_misfit', 'read_weights', 'load_pretrained', 'stay_in_eval', 'freeze', 'norms_at_rest',
+           'join', 'in_parts']
 
 # %% ../nbs/core/02_encoders.ipynb #c002
+import gc
 import inspect
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -223,6 +224,16 @@ def quiet_transformers():
     finally:
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
+
+# %% ../nbs/core/02_encoders.ipynb #c05b
+@contextmanager
+def heap_aside():
+    "No search for garbage inside looks at the objects that were there before; one within another changes nothing."
+    outermost = not gc.get_freeze_count()
+    if outermost: gc.freeze()
+    try: yield
+    finally:
+        if outermost: gc.unfreeze()
 
 # %% ../nbs/core/02_encoders.ipynb #c052
 SHAPELESS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "layer_type", "downsample_in_bottleneck", "downsample_in_first_stage")

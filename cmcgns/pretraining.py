@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from transformers.trainer_utils import EvalLoopOutput
 
 from .alignment import full_precision
-from .encoders import ENCODERS, TextEncoder, feature_grid, freeze, image_config, quiet_transformers
+from .encoders import ENCODERS, TextEncoder, feature_grid, freeze, heap_aside, image_config, quiet_transformers
 from .files import broken_seal, check_seal, seal, writing
 from .image import augment, centre_crop, normalise
 from .model import CMCGNS, SECOND_STAGE, Method, build_model, embed_at_once, find_sentences, load_model, next_stage, replace_fields
@@ -481,7 +481,7 @@ def train_stage(model:CMCGNS, # where to start
     if settings.freeze_text: read_reports_once(model, folder, train=train, validation=validation)
     for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
     with processes.main_process_first(): start = last_checkpoint(folder)
-    with quiet_transformers(), warnings.catch_warnings():
+    with quiet_transformers(), heap_aside(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated') # by a torch that has nothing else for it yet
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     return trainer.model.eval(), trainer.state.log_history

@@ -26,6 +26,18 @@ def refused(done, *words):
         assert word in lines[0], lines[0]
 
 
+@pytest.fixture
+def refuses(monkeypatch, capfd):
+    "That the command line refuses its arguments, in this process: a new one takes seconds to begin."
+    def check(*arguments, words, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["cmcgns", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        refused(subprocess.CompletedProcess(arguments, stopped.value.code, *capfd.readouterr()), *words)
+    return check
+
+
 @pytest.mark.parametrize("arguments,words", [
     (["reproduce", "--data-root", "nowhere"], ["nowhere: there is no such folder"]),
     (["pretrain", "--preset", "tiny", "--data-root", "."], ["none of covid_cxr, openi", "data/README.md"]),
@@ -52,22 +64,15 @@ def refused(done, *words):
     (["export", "pretrain", "--to", "x"], ["no run in runs begins with 'pretrain'"]),
     (["bench", "tail"], ["unknown benchmark 'tail'", "head"]),
 ])
-def test_mistakes_get_one_sentence(arguments, words, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cmcgns", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    refused(subprocess.CompletedProcess(arguments, stopped.value.code, *capfd.readouterr()), *words)
+def test_mistakes_get_one_sentence(arguments, words, tmp_path, refuses):
+    refuses(*arguments, words=words, cwd=tmp_path)
 
 
-def test_only_real_data_and_some_are_missing(tmp_path, monkeypatch, capfd):
+def test_only_real_data_and_some_are_missing(tmp_path, refuses):
     write_layout("covid_cxr", synthesize(12, tmp_path / "cache", size=48, masks=True), tmp_path / "data" / "covid")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cmcgns", "reproduce", "--preset", "tiny", "--data-root", "data", "--only-real"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    refused(subprocess.CompletedProcess([], stopped.value.code, *capfd.readouterr()), "chexpert, rsna, covidx, object_cxr, siim are not in data, and --only-real forbids stand-ins",
-            "put them there as data/README.md shows, or name pages that need no other data (--tables end_to_end,table_4,", "or leave out --only-real")
+    refuses("reproduce", "--preset", "tiny", "--data-root", "data", "--only-real", cwd=tmp_path, words=[
+        "chexpert, rsna, covidx, object_cxr, siim are not in data, and --only-real forbids stand-ins",
+        "put them there as data/README.md shows, or name pages that need no other data (--tables end_to_end,table_4,", "or leave out --only-real"])
     assert not (tmp_path / "runs").exists()
 
 
@@ -124,7 +129,7 @@ def test_again_computes_nothing(reproduced):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("reproduced")
-def test_evaluate_and_export_a_run(reproduced, tmp_path):
+def test_evaluate_and_export_a_run(reproduced, tmp_path, refuses):
     folder, _ = reproduced
     job = job_of(Reproduction("tiny", None, folder / "runs", folder / "cache"), OURS, 42)
     listed = cmcgns("runs", cwd=folder)
@@ -133,9 +138,9 @@ def test_evaluate_and_export_a_run(reproduced, tmp_path):
     held = cmcgns("verify", job.name, cwd=folder)
     assert held.returncode == 0 and f"{job.name}: holds" in held.stdout, held.stdout + held.stderr
     assert probed.returncode == 0 and "AUROC" in probed.stdout and "| 29 |" in probed.stdout, "the test part of the run's own problem"
-    refused(cmcgns("evaluate", job.name, "--preset", "laptop", cwd=folder), "a run has its settings")
-    refused(cmcgns("evaluate", job.name, "--data-root", tmp_path, cwd=folder), "none of covid_cxr")
-    refused(cmcgns("evaluate", job.name, "--task", "sleep", cwd=folder), "unknown task 'sleep': known are classification, ")
+    refuses("evaluate", job.name, "--preset", "laptop", words=["a run has its settings"], cwd=folder)
+    refuses("evaluate", job.name, "--data-root", tmp_path, words=["none of covid_cxr"], cwd=folder)
+    refuses("evaluate", job.name, "--task", "sleep", words=["unknown task 'sleep': known are classification, "], cwd=folder)
     made = cmcgns("data", "synthesize", "films", "--layout", "rsna", "--studies", "60", "--size", "96", cwd=folder)
     assert made.returncode == 0, made.stderr[-3000:]
     other = cmcgns("evaluate", job.name, "--data-root", "films", cwd=folder)
@@ -143,7 +148,7 @@ def test_evaluate_and_export_a_run(reproduced, tmp_path):
     assert other.returncode == 0 and "synthetic rsna" in other.stdout and f"| {n} |" in other.stdout, "a run is evaluated on another data set"
     out = cmcgns("export", job.name, "--to", tmp_path / "encoder", "--format", "transformers", cwd=folder)
     assert out.returncode == 0 and "auroc" in (tmp_path / "encoder" / "README.md").read_text()
-    refused(cmcgns("export", job.name, "--to", tmp_path / "encoder", cwd=folder), "is there and not empty")
+    refuses("export", job.name, "--to", tmp_path / "encoder", words=["is there and not empty"], cwd=folder)
 
 
 @pytest.mark.slow
@@ -182,17 +187,11 @@ def test_a_page_by_hand(reproduced, tmp_path):
 
 
 @pytest.mark.slow
-def test_main_job_on_real_data(run_cmcgns, shared_data, tmp_path):
-    done = run_cmcgns("reproduce", "--preset", "tiny", "--tables", "end_to_end,figure_attention", "--data-root", shared_data)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "covid_cxr" in done.stdout and "COVID-19" in (tmp_path / "results" / "covid_cxr-tiny-seed42" / "end_to_end" / "end_to_end.md").read_text()
-
-
-@pytest.mark.slow
-def test_a_broken_image_is_named_and_left_out(run_cmcgns, shared_data, tmp_path):
-    clone = tmp_path / "covid-chestxray-dataset"
+def test_main_job_on_real_data_with_a_broken_image(run_cmcgns, shared_data, tmp_path):
+    clone = tmp_path / "data" / "covid-chestxray-dataset"
     shutil.copytree(shared_data / "covid-chestxray-dataset", clone)
     (clone / "images" / "auntminnie-a-2020_01_28_23_51_6665_2020_01_28_Vietnam_coronavirus.jpeg").write_bytes(b"\xff\xd8 not a picture")
-    done = run_cmcgns("pretrain", "--preset", "tiny", "--data-root", clone)
+    done = run_cmcgns("reproduce", "--preset", "tiny", "--tables", "end_to_end,figure_attention", "--data-root", "data")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "left out 1 images that cannot be read" in done.stderr and "auntminnie-a" in done.stderr
+    assert "covid_cxr" in done.stdout and "COVID-19" in (tmp_path / "results" / "covid_cxr-tiny-seed42" / "end_to_end" / "end_to_end.md").read_text()

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.studies import Split, Study, draw_fraction, read_mask
-from ..encoders import ImageEncoder, expand_channels, quiet_transformers
+from ..encoders import ImageEncoder, expand_channels, heap_aside, quiet_transformers
 from .classification import check_labels, describe, hold_still, probe_loss, rows_of, score_key
 from ..image import centre_crop, image_shape, normalise, place
 from ..pretraining import native_precision
@@ -276,7 +276,7 @@ def train_head(head:nn.Module, # fresh; made within `own_chance(seed)` if the re
     if settings.finetune != (data.features is None): raise ValueError("fine-tuning takes pixels and a frozen encoder takes features: give the data `features` exactly if finetune is off")
     if torch.cuda.device_count() > 1: raise ValueError("a head is trained on one GPU so far: set CUDA_VISIBLE_DEVICES=0")
     model = EncoderHead(head, deepcopy(encoder).requires_grad_() if settings.finetune else None, look).to(memory_format=torch.channels_last)
-    with own_chance(seed), tempfile.TemporaryDirectory() as folder, quiet_transformers():
+    with own_chance(seed), tempfile.TemporaryDirectory() as folder, quiet_transformers(), heap_aside():
         trainer = HeadTrainer(model, head_arguments(settings, seed, folder), data.batch, [int(i) for i in train_rows], [int(i) for i in val_rows],
                               callbacks=[best], optimizers=(make_optimizer(model, settings), None))
         for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
