@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RANDOM', 'OURS', 'COMPARED', 'SINGLE', 'MAIN', 'GLOBAL', 'COMPONENTS', 'NEGATIVES', 'CORRECTIONS', 'RECONSTRUCTION',
-           'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'GUESS', 'OTHERWISE', 'END_TO_END',
-           'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table', 'applies',
-           'only_arms', 'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs', 'estimate',
-           'describe_job', 'names_of', 'describe_plan', 'run_jobs', 'choose_pages', 'lacking', 'refuse_stand_ins']
+           'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'HEAD_DRAWS', 'GUESS', 'OTHERWISE',
+           'END_TO_END', 'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table',
+           'applies', 'only_arms', 'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs',
+           'estimate', 'describe_job', 'names_of', 'describe_plan', 'run_jobs', 'choose_pages', 'lacking',
+           'refuse_stand_ins']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
 import re
@@ -126,7 +127,7 @@ def briefly(table:Table)->Table: # the random encoder and the whole method; one 
 # %% ../../nbs/reporting/48_plan.ipynb #c021
 CORPORA = 'mimic_cxr', 'covid_cxr', 'openi' # with reports; the first that is there is pre-trained on
 STAND_INS = {'tiny': 80, 'laptop': 400} # films of a stand-in
-HEAD_EPOCHS = {'tiny': 1} # of a detection or segmentation head; as published otherwise
+HEAD_EPOCHS, HEAD_DRAWS = {'tiny': 1}, {'tiny': (0,)} # of a detection or segmentation head, and of its labels; as published, and the question's, otherwise
 
 def splits_of(split:str)->list[str]: # names of splits, one a pre-training
     "`5folds` and the like are several splits; any other name is one."
@@ -156,7 +157,7 @@ class Reproduction:
 
     def asked(self, table:Table)->list[tuple[str, Question]]:
         "The questions of a table that these data can answer."
-        fit = lambda q: replace(q, epochs=min(q.epochs or 50, HEAD_EPOCHS.get(self.preset, 50))) if q.task in ASKED else q
+        fit = lambda q: replace(q, epochs=min(q.epochs or 50, HEAD_EPOCHS.get(self.preset, 50)), seeds=HEAD_DRAWS.get(self.preset, q.seeds)) if q.task in ASKED else q
         return [(data, fit(q)) for data, q in table.asked if self.answers(data, q.task)]
 
     def answers(self, data:str, task:str)->bool:
