@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'GREY', 'INK', 'STYLE', 'BOOKKEEPING', 'FINDS', 'REPORT', 'IMAGE', 'title_of', 'count', 'render',
            'Picture', 'start_figure', 'save_figure', 'save_lines', 'save_pictures', 'loss_names', 'curve', 'draw_curve',
-           'plot_losses', 'unit_of', 'plot_training', 'project', 'project_linearly', 'draw_groups', 'plot_clusters',
-           'draw_negatives', 'plot_sentence', 'as_grey', 'grey_films', 'draw_image', 'plot_studies', 'paint_chest',
-           'draw_boxes', 'draw_masks', 'add_key', 'plot_boxes', 'plot_masks', 'enlarge', 'draw_rebuilt',
+           'plot_losses', 'unit_of', 'plot_training', 'project', 'project_by_umap', 'project_linearly', 'draw_groups',
+           'plot_clusters', 'draw_negatives', 'plot_sentence', 'as_grey', 'grey_films', 'draw_image', 'plot_studies',
+           'paint_chest', 'draw_boxes', 'draw_masks', 'add_key', 'plot_boxes', 'plot_masks', 'enlarge', 'draw_rebuilt',
            'hidden_regions', 'plot_reconstructions', 'draw_told', 'plot_reconstructions_by', 'draw_attention',
            'plot_attention', 'draw_winners', 'plot_regions', 'draw_encoder', 'plot_fractions', 'spell_range',
            'label_fractions', 'draw_moments', 'plot_moments', 'plot_means', 'write', 'box', 'arrow', 'bars', 'patches',
@@ -215,11 +215,20 @@ def project(points, # features, (n, d)
     if method == 'tsne':
         from sklearn.manifold import TSNE
         place = TSNE(metric='cosine', init='pca', perplexity=min(30, (len(x) - 1) / 3), random_state=seed)
-    elif method == 'umap':
-        from umap import UMAP
-        place = UMAP(metric='cosine', n_neighbors=min(15, len(x) - 1), random_state=seed, n_jobs=1)
+    elif method == 'umap': return project_by_umap(x.astype(np.float32), seed), ('umap 1', 'umap 2')
     else: raise ValueError(f"unknown method '{method}': known are 'umap', 'tsne' and 'pca'")
     return place.fit_transform(x.astype(np.float32)), (f'{method} 1', f'{method} 2')
+
+# %% ../../nbs/reporting/40_plots.ipynb #c03b
+def project_by_umap(x:np.ndarray, # features, (n, d)
+                    seed:int, # of the start
+)->np.ndarray: # (n, 2)
+    "A map by UMAP; torch keeps its number of threads."
+    import torch
+    from umap import UMAP
+    threads = torch.get_num_threads()
+    try: return UMAP(metric='cosine', n_neighbors=min(15, len(x) - 1), random_state=seed, n_jobs=1).fit_transform(x)
+    finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/reporting/40_plots.ipynb #c032
 def project_linearly(x:np.ndarray, # features, (n, d)
