@@ -156,7 +156,7 @@ def test_evaluate_and_export_a_run(reproduced, tmp_path, refuses):
 def test_a_reproduction_killed_at_any_moment_goes_on(reproduced, tmp_path):
     "Killed five times, at moments that a seed chooses: the tables are those of the undisturbed one, and what had finished is not computed again."
     folder, _ = reproduced
-    asked = ["reproduce", "--preset", "tiny", "--tables", "table_4"]
+    asked = ["reproduce", "--preset", "tiny", "--tables", "end_to_end,table_4"]
     chance, kept = random.Random(0), {}
     for _ in range(5):
         started = subprocess.Popen([sys.executable, "-m", "cmcgns.reporting.cli", *asked], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
@@ -170,9 +170,10 @@ def test_a_reproduction_killed_at_any_moment_goes_on(reproduced, tmp_path):
     done = cmcgns(*asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert kept.items() <= finished(tmp_path).items() and not list(tmp_path.rglob("*.partial"))
-    for end in "md", "csv":
-        ours, theirs = (root / "results" / "synthetic-tiny-seed42" / "table_4_components" / f"table_4_components.{end}" for root in (tmp_path, folder))
-        assert ours.read_text() == theirs.read_text()
+    for page in "end_to_end/end_to_end", "table_4_components/table_4_components":
+        for end in "md", "csv":
+            ours, theirs = (root / "results" / "synthetic-tiny-seed42" / f"{page}.{end}" for root in (tmp_path, folder))
+            assert ours.read_text() == theirs.read_text()
 
 
 @pytest.mark.slow
