@@ -31,6 +31,7 @@ from transformers.utils import logging
 # %% ../nbs/core/02_encoders.ipynb #c006
 IMAGE_ENCODERS = {
     "resnet-tiny": (ResNetConfig, dict(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic")),
+    "resnet-small": (ResNetConfig, dict(embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 2, 2], layer_type="basic")),
     "resnet-18": (ResNetConfig, dict(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic")),
     "resnet-50": (ResNetConfig, dict(embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3], layer_type="bottleneck")),
     "vit-tiny": (ViTConfig, dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, patch_size=16)),

@@ -83,8 +83,8 @@ def native_precision()->str: # 'bf16' or 'fp32'
 PRESETS = {
     'tiny': dict(image_encoder='resnet-tiny', text_encoder='bert-tiny', width=32, clusters=8, vocab_size=300, store_size=72, image_size=64,
                  max_tokens=128, batch_size=16, cluster_rate=.1, cluster_update='mean', stage1_epochs=2, stage2_epochs=1, lr=1e-3),
-    'laptop': dict(image_encoder='resnet-18', text_encoder='bert-tiny', width=256, clusters=32, cluster_rate=.1, cluster_update='mean', store_size=144, image_size=128,
-                   max_tokens=128, batch_size=32, zoom=0.2, jitter=0.2, image_pool='mean', stage1_epochs=13, stage2_epochs=3, lr=3e-4, weight_decay=1e-4, precision='auto'),
+    'laptop': dict(image_encoder='resnet-small', text_encoder='bert-tiny', width=256, clusters=32, cluster_rate=.1, cluster_update='mean', store_size=144, image_size=128,
+                   max_tokens=128, batch_size=32, zoom=0.2, jitter=0.2, image_pool='mean', stage1_epochs=13, stage2_epochs=3, lr=5e-4, weight_decay=1e-4),
     'paper-resnet50': dict(image_encoder='microsoft/resnet-50', text_encoder='emilyalsentzer/Bio_ClinicalBERT', precision='fp16'),
     'paper-vit': dict(image_encoder='google/vit-base-patch16-224-in21k', text_encoder='emilyalsentzer/Bio_ClinicalBERT', precision='fp16'),
 }

@@ -105,7 +105,7 @@ def test_scrambling_is_a_rearrangement_of_the_local_features_alone():
     assert torch.equal(right.local.flatten(1).sort(1).values, wrong.local.flatten(1).sort(1).values)
 
 
-@pytest.mark.parametrize("name", ["resnet-tiny", "resnet-18", "vit-tiny"])
+@pytest.mark.parametrize("name", ["resnet-tiny", "resnet-small", "resnet-18", "vit-tiny"])
 def test_every_image_parameter_learns(name):
     torch.manual_seed(0)
     e = ImageEncoder(image_config(name, 64), 64)

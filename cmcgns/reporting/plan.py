@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RANDOM', 'OURS', 'COMPARED', 'SINGLE', 'MAIN', 'GLOBAL', 'COMPONENTS', 'NEGATIVES', 'CORRECTIONS', 'RECONSTRUCTION',
            'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'HEAD_DRAWS', 'GUESS', 'OTHERWISE',
-           'WITHOUT_BF16', 'END_TO_END', 'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings',
-           'Claim', 'Table', 'applies', 'only_arms', 'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of',
-           'all_jobs', 'first_guess', 'estimate', 'describe_job', 'names_of', 'describe_plan', 'run_jobs',
-           'choose_pages', 'lacking', 'refuse_stand_ins']
+           'END_TO_END', 'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table',
+           'applies', 'only_arms', 'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs',
+           'first_guess', 'estimate', 'describe_job', 'names_of', 'describe_plan', 'run_jobs', 'choose_pages',
+           'lacking', 'refuse_stand_ins']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
 import re
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..data.check import DATASETS, find_datasets
 from ..model import PUBLISHED
-from ..pretraining import PRESETS, Settings, check_settings
+from ..pretraining import Settings, check_settings
 from .experiments import ASKED, OWN_PARTS, Question, ask, evaluate_run, evaluation_config, pretrain_config, pretrain_run, settings_for
 from .pages import page_path
 from .problems import SYNTHETIC_STUDIES, Problem, choose_dataset, open_problem, stand_in
@@ -230,13 +230,11 @@ def all_jobs(r:Reproduction, tables:Iterable[Table])->list[Job]: # each once
 
 # %% ../../nbs/reporting/48_plan.ipynb #c029
 GUESS = {'tiny': dict(pretrain=20), 'laptop': dict(pretrain=420)} # seconds on two cores; other tasks: OTHERWISE
-OTHERWISE, WITHOUT_BF16 = {'tiny': 5, 'laptop': 60}, 2.3 # seconds; times as long
+OTHERWISE = {'tiny': 5, 'laptop': 60} # seconds
 
 def first_guess(r:Reproduction, task:str)->float|None: # seconds; None if nobody knows
     "How long a run of this kind took when this page was written."
-    slower = WITHOUT_BF16 if PRESETS[r.preset].get('precision') == 'auto' and r.settings(OURS, 0).precision == 'fp32' else 1.
-    seconds = GUESS.get(r.preset, {}).get(task, OTHERWISE.get(r.preset))
-    return None if seconds is None else seconds * slower
+    return GUESS.get(r.preset, {}).get(task, OTHERWISE.get(r.preset))
 
 def estimate(r:Reproduction, jobs:Sequence[Job])->float|None: # seconds; None if nothing is known
     "How long the jobs that are not there will take."
