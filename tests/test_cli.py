@@ -123,8 +123,15 @@ def test_again_computes_nothing(reproduced):
     said = cmcgns("reproduce", "--preset", "tiny", "--tables", "all", "--dry-run", cwd=folder)
     n = len(all_jobs(Reproduction("tiny", None, folder / "runs", folder / "cache"), PAGES.values()))
     assert f"{n} runs, {n} of them there, 0 to do" in said.stdout
+    executed = lambda: {p.stem: p.stat().st_mtime_ns for p in (folder / "results").rglob("*.ipynb")}
+    then = executed()
+    again = cmcgns("reproduce", "--preset", "tiny", "--tables", "all", cwd=folder)
+    assert again.returncode == 0 and finished(folder) == before and executed() == then, again.stderr[-3000:]
+    picture = next((folder / "results").rglob("figure_training/*.png"))
+    picture.unlink()
     again = cmcgns("reproduce", "--preset", "tiny", "--tables", "figure_training", cwd=folder)
-    assert again.returncode == 0 and finished(folder) == before
+    assert again.returncode == 0 and finished(folder) == before and picture.exists(), again.stderr[-3000:]
+    assert {k for k, t in executed().items() if t != then[k]} == {"figure_training"}, "the page that lost its picture, and no other"
 
 
 @pytest.mark.slow

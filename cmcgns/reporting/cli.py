@@ -144,14 +144,19 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
 # %% ../../nbs/reporting/4b_cli.ipynb #c015
 def show_pages(r, pages, place:Path, tables:str):
     "Run the pages of a reproduction, write its report, and say where it is."
-    from cmcgns.reporting.pages import page_parameters, run_page
+    from cmcgns.files import file_sum
+    from cmcgns.reporting.pages import find_page, package_sum, page_parameters, show_all
+    from cmcgns.reporting.plan import jobs_of
     from cmcgns.reporting.report import write_report
-    from tqdm import tqdm
+    from cmcgns.reporting.runs import environment
     common = dict(preset=r.preset, data_root=str(Path(r.data_root).absolute()) if r.data_root else '', only_real=r.only_real, seeds=','.join(map(str, r.seeds)), split=r.split,
                   dataset=r.dataset or '', changes=json.dumps(r.changes), runs=str(Path(r.runs).absolute()), cache=str(Path(r.cache).absolute()))
-    for name in tqdm(pages, desc='pages', unit='page'):
+    runs = {name: {job.name: file_sum(Path(r.runs)/job.name/'metrics.json') for job in jobs_of(r, table)} for name, table in pages.items()}
+    same = dict(package=package_sum(), environment=environment())
+    def show(name):
         asked = common | dict(arms='; '.join(a.name for a in pages[name].arms), brief=tables == 'main', results=str((place/name).absolute()))
-        run_page(name, place/name, **{k: v for k, v in asked.items() if k in page_parameters(name)})
+        return find_page(name, place/name, same | dict(runs=runs[name]), **{k: v for k, v in asked.items() if k in page_parameters(name)})
+    show_all(show, pages)
     settings = dict(pages=', '.join(pages)) | {k: v for k, v in common.items() if k not in ('runs', 'cache', 'data_root')}
     report = write_report(place, list(pages), settings)
     table = next((t for t in (place/p/f'{p}.md' for p in pages) if t.exists()), None)
