@@ -68,6 +68,7 @@ class ReportReconstructor(nn.Module):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(queries, d) / d**.5)
         self.layers = nn.ModuleList(nn.TransformerDecoderLayer(d, heads, 4*d, batch_first=True) for _ in range(layers))
+        nn.init.constant_(self.layers[-1].norm3.weight, d**-.5) # what it makes has unit length, as what is wanted
 
     def forward(self, patches:Tensor, # (b, p, d)
     )->Tensor: # (b, q, d)
