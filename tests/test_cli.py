@@ -62,7 +62,11 @@ def refuses(monkeypatch, capfd):
     (["reproduce", "--tables", "report_statistics"], ["report_statistics needs no runs", "run papermill"]),
     (["reproduce", "--seeds", "one"], ["'one': expected numbers separated by commas"]),
     (["export", "pretrain", "--to", "x"], ["no run in runs begins with 'pretrain'"]),
+    (["reproduce", "--preset", "tiny", "--seeds", "42,42"], ["seed 42 is named twice"]),
+    (["reproduce", "--preset", "tiny", "--split", "0folds"], ["split '0folds'", "at least two"]),
     (["bench", "tail"], ["unknown benchmark 'tail'", "head"]),
+    (["bench", "head", "--repeats", "0"], ["repeats=0: expected 1 or more"]),
+    (["bench", "head", "--device", "gpu"], ["device 'gpu': known are cpu and cuda"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, tmp_path, refuses):
     refuses(*arguments, words=words, cwd=tmp_path)

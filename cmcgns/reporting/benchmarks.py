@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'FRACTIONS', 'SEEDS', 'BENCHMARKS', 'shape_of', 'noise', 'c
            'Enough', 'Stopwatch', 'trained_step', 'largest', 'batch_fits', 'bench_step', 'step_in_words',
            'bench_methods', 'draw_films', 'Fresh', 'loading_step', 'bench_data', 'features_step', 'bench_features',
            'make_up_probe', 'probe_step', 'passes', 'bench_probe', 'reproduce_apart', 'rows_of_runs', 'bench_main',
-           'bench']
+           'check_asked', 'bench']
 
 # %% ../../nbs/reporting/44a_benchmarks.ipynb #c002
 import subprocess
@@ -352,6 +352,15 @@ def bench_main(preset:str='laptop', tables:str='main', threads:int=0, device:str
 # %% ../../nbs/reporting/44a_benchmarks.ipynb #c035
 BENCHMARKS = dict(head=bench_head, step=bench_step, methods=bench_methods, data=bench_data, features=bench_features, probe=bench_probe, main=bench_main)
 
+def check_asked(repeats:int=1, threads:int=1, sizes:Sequence[int]=(), device:str='cpu', **others):
+    "Raise `ValueError` for what nothing can be measured with."
+    for name, values in dict(repeats=[repeats], threads=[threads], sizes=sizes).items():
+        if wrong := [v for v in values if v < 1]: raise ValueError(f"{name}={wrong[0]}: expected 1 or more")
+    try: kind = torch.device(device).type
+    except RuntimeError: kind = ''
+    if kind not in ('cpu', 'cuda'): raise ValueError(f"device {device!r}: known are cpu and cuda")
+    if kind == 'cuda' and not torch.cuda.is_available(): raise ValueError(f"device {device!r}: torch finds no GPU here; leave it out, or give cpu")
+
 def bench(what:str, # a key of `BENCHMARKS`
           **asked, # options of the benchmark; None for its own choice
 )->dict: # from `finish`
@@ -359,4 +368,5 @@ def bench(what:str, # a key of `BENCHMARKS`
     if what not in BENCHMARKS: raise ValueError(f"unknown benchmark {what!r}: known are {', '.join(BENCHMARKS)}")
     known, given = list(signature(BENCHMARKS[what]).parameters), {k: v for k, v in asked.items() if v is not None}
     if wrong := [k for k in given if k not in known]: raise ValueError(f"bench {what} has no {wrong[0]}: it has {', '.join(k for k in known if k not in ('best', 'shape'))}")
+    check_asked(**given)
     return BENCHMARKS[what](**given)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data', 'Preset', 'DataRoot', 'Dataset', 'SplitBy', 'Changes', 'Seed', 'Published', 'Runs', 'Cache', 'Task',
            'tell_version', 'options', 'prepare', 'say', 'pretrain_command', 'numbers', 'evaluate_command',
-           'reproduce_command', 'show_pages', 'runs_command', 'verify_command', 'export_command', 'check_command',
-           'synthesize_command', 'bench_command', 'main']
+           'reproduce_command', 'show_pages', 'origins', 'runs_command', 'verify_command', 'export_command',
+           'check_command', 'synthesize_command', 'bench_command', 'main']
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c002
 import json
@@ -120,6 +120,7 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
                       seeds:Annotated[str, typer.Option(help="of the pre-trainings")]='42', published:Published=False,
                       only_real:Annotated[bool, typer.Option('--only-real', help="no synthetic stand-in for data that are not there")]=False,
                       dry_run:Annotated[bool, typer.Option('--dry-run', help="say what would run, and for how long")]=False,
+                      at_once:Annotated[int, typer.Option(help="pages that are made at the same time, each with the data in its memory; 0: one a core, at most four")]=0,
                       runs:Runs=Path('runs'), cache:Cache=Path('cache'), results:Annotated[Path, typer.Option(help="folder for pages, tables, figures and the report")]=Path('results')):
     "Every table and figure, and a report."
     from transformers.utils import logging
@@ -131,6 +132,7 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
     check_papermill(); logging.set_verbosity_error(); logging.disable_progress_bar()
     pages = choose_pages(tables)
     if dataset: choose_dataset(data_root, dataset)
+    if Path(split).is_dir(): split = str(Path(split).absolute()) # pages work elsewhere
     changed = {k: str(Path(v).absolute()) if k.endswith('encoder') and Path(v).exists() else v for k, v in parse_changes(changes).items()}
     r = Reproduction(preset, data_root, runs, cache, numbers(seeds, int), only_real, split, dataset, (PUBLISHED if published else {}) | changed)
     if only_real: refuse_stand_ins(r, pages)
@@ -138,29 +140,40 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
     jobs = all_jobs(r, pages.values())
     if dry_run: typer.echo(describe_plan(r, jobs)); return
     run_jobs(r, jobs)
-    marks = [r.problem('corpus').name.replace(' ', '-'), preset, f"seed{seeds.replace(',', '-')}", *(['published'] if published else []), *([] if split == 'ours' else [Path(split).name]), *(f'{k}={Path(str(v)).name}' for k, v in changed.items())]
-    show_pages(r, pages, results/'-'.join(marks), tables)
+    marks = [r.problem('corpus').name.replace(' ', '-'), preset, f"seed{seeds.replace(',', '-')}", *(['published'] if published else []), *(['brief'] if tables == 'main' else []), *([] if split == 'ours' else [Path(split).name]), *(f'{k}={Path(str(v)).name}' for k, v in changed.items())]
+    show_pages(r, pages, results/'-'.join(marks), tables, at_once)
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c015
-def show_pages(r, pages, place:Path, tables:str):
+def show_pages(r, pages, place:Path, tables:str, at_once:int=0):
     "Run the pages of a reproduction, write its report, and say where it is."
-    from cmcgns.files import file_sum
-    from cmcgns.reporting.pages import find_page, package_sum, page_parameters, show_all
-    from cmcgns.reporting.plan import jobs_of
+    from filelock import FileLock
+    from cmcgns.reporting.pages import find_page, page_parameters, show_all
     from cmcgns.reporting.report import write_report
-    from cmcgns.reporting.runs import environment
     common = dict(preset=r.preset, data_root=str(Path(r.data_root).absolute()) if r.data_root else '', only_real=r.only_real, seeds=','.join(map(str, r.seeds)), split=r.split,
                   dataset=r.dataset or '', changes=json.dumps(r.changes), runs=str(Path(r.runs).absolute()), cache=str(Path(r.cache).absolute()))
-    runs = {name: {job.name: file_sum(Path(r.runs)/job.name/'metrics.json') for job in jobs_of(r, table)} for name, table in pages.items()}
-    same = dict(package=package_sum(), environment=environment())
-    def show(name):
+    made_from = origins(r, pages)
+    def show(name, **how):
         asked = common | dict(arms='; '.join(a.name for a in pages[name].arms), brief=tables == 'main', results=str((place/name).absolute()))
-        return find_page(name, place/name, same | dict(runs=runs[name]), **{k: v for k, v in asked.items() if k in page_parameters(name)})
-    show_all(show, pages)
+        return find_page(name, place/name, made_from[name], **how, **{k: v for k, v in asked.items() if k in page_parameters(name)})
     settings = dict(pages=', '.join(pages)) | {k: v for k, v in common.items() if k not in ('runs', 'cache', 'data_root')}
-    report = write_report(place, list(pages), settings)
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place/'.lock'):
+        show_all(show, pages, at_once)
+        report = write_report(place, list(pages), settings, 'report' if tables in ('main', 'all') else f"report-{'-'.join(pages)}"[:100])
     table = next((t for t in (place/p/f'{p}.md' for p in pages) if t.exists()), None)
     typer.echo(f"{table.read_text() if table else ''}\nthe report: {report}")
+
+def origins(r, pages)->dict: # by page, as JSON
+    "What the pages of a reproduction are made from, besides their text and their parameters."
+    from importlib.metadata import distributions
+    from cmcgns.files import file_sum
+    from cmcgns.reporting.pages import package_sum
+    from cmcgns.reporting.plan import jobs_of
+    from cmcgns.reporting.results import published_file
+    from cmcgns.reporting.runs import environment
+    versions = sorted(f"{d.metadata['Name']} {d.version}" for d in distributions())
+    same = dict(package=package_sum(), published=file_sum(published_file()), environment=environment(), versions=versions)
+    return {name: same | dict(runs={job.name: file_sum(Path(r.runs)/job.name/'metrics.json') for job in jobs_of(r, table)}) for name, table in pages.items()}
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c016
 @app.command('runs')

@@ -132,8 +132,10 @@ HEAD_EPOCHS, HEAD_DRAWS = {'tiny': 1}, {'tiny': (0,)} # of a detection or segmen
 def splits_of(split:str)->list[str]: # names of splits, one a pre-training
     "`5folds` and the like are several splits; any other name is one."
     m = re.fullmatch(r'(\d+)folds', split)
+    if m and int(m[1]) < 2: raise ValueError(f"split {split!r}: a fold is trained on the others, so give at least two")
     return [f'fold{i}of{m[1]}' for i in range(1, int(m[1]) + 1)] if m else [split]
 
+# %% ../../nbs/reporting/48_plan.ipynb #c21b
 @dataclass
 class Reproduction:
     "Everything that the runs of a reproduction share."
@@ -149,6 +151,8 @@ class Reproduction:
     opened: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
+        if twice := [s for s in self.seeds if list(self.seeds).count(s) > 1]: raise ValueError(f"seed {twice[0]} is named twice: it would count as two trainings")
+        splits_of(self.split)
         self.found = find_datasets(self.data_root) if self.data_root else {}
         self.corpus = choose_dataset(self.data_root, self.dataset)[0] if self.dataset and self.data_root else next((k for k in CORPORA if k in self.found), 'synthetic')
         if self.only_real and self.corpus == 'synthetic': raise ValueError(f"{self.data_root or 'no data'}: none of {', '.join(CORPORA)} is there to pre-train on, and --only-real forbids synthetic data")

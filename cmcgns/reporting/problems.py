@@ -176,7 +176,8 @@ def open_problem(data_root, # a folder with real data, or None for the synthetic
         studies = found.studies
     pixels = build_cache([s.image for s in studies], store_size, Path(cache)/'pixels', on_error='skip')
     studies = leave_out(studies, pixels.broken)
-    images = pixels.images[pixels.rows(s.image for s in studies)]
+    rows = pixels.rows(s.image for s in studies)
+    images = pixels.images if rows == [*range(len(pixels))] else pixels.images[rows] # in the order of the cache they stay in its file, which processes share
     drawn = part_copies(studies, images, draw_split(key, place, studies, split, split_seed), ours=split == 'ours' or split.startswith('fold'))
     name = f'synthetic {key}' if place and is_synthetic(place) else key
     return Problem(name, studies, images, targets_of(key, studies), drawn, split, fingerprint(studies))

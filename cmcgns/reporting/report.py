@@ -48,7 +48,8 @@ blockquote{margin:0;color:#555;font-size:1.1rem}pre{white-space:pre-wrap;font-si
 def write_report(place, # folder with a folder a page, each with the executed page and `result.json`
                  pages:Sequence[str], # names, in the order of the report
                  settings:dict, # what the reproduction was asked for
-)->Path: # report.html
+                 name:str='report', # of the file
+)->Path: # the file, beside the pages
     "Everything on one page. Raises `FileNotFoundError` for a page that is not there."
     check_papermill()
     place = Path(place)
@@ -62,5 +63,5 @@ def write_report(place, # folder with a folder a page, each with the executed pa
     text = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>cmcgns: report</title><style>{STYLE}</style><h1>CM-CGNS: what was reproduced</h1>'
             f'<p>Made on {datetime.now():%Y-%m-%d}. For research, not for clinical use.</p>{warning}<nav>{"".join(f"<a href=#{p}>{p}</a>" for p in pages)}<a href=#evidence>evidence</a></nav>'
             f'<h2>Settings</h2>{asked}{holds}{bodies}<section id="evidence"><h1>Evidence</h1>{evidence(results)}</section></html>')
-    write_atomically(place/'report.html', text)
-    return place/'report.html'
+    write_atomically(place/f'{name}.html', text)
+    return place/f'{name}.html'

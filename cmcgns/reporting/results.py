@@ -6,8 +6,8 @@
 __all__ = ['MISLEADING', 'FEW', 'SIGNS', 'runs_of', 'fold_of', 'rows_of_runs', 'over_folds', 'cell', 'dig', 'tested', 'counted',
            'labelled_row', 'labelled_table', 'paired', 'signed', 'differences', 'difference_row', 'both_of', 'by_data',
            'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict', 'deciding', 'count_ahead',
-           'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table', 'published_rows', 'latex',
-           'save_table', 'describe_split', 'describe_origin', 'describe_heads', 'save_result']
+           'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table', 'published_file', 'published_rows',
+           'latex', 'save_table', 'describe_split', 'describe_origin', 'describe_heads', 'save_result']
 
 # %% ../../nbs/reporting/49_results.ipynb #c002
 import csv
@@ -37,7 +37,6 @@ def fold_of(run:Run)->str: return run.config['data']['how']
 def rows_of_runs(runs:Sequence[Run])->list[dict]: # each with its fold, and with the number of its run
     return [row | dict(fold=fold_of(run), run=i) for i, run in enumerate(runs) for row in run.metrics['rows']]
 
-
 # %% ../../nbs/reporting/49_results.ipynb #c111
 def over_folds(folds:Sequence[tuple[float, float, float]], # value, low and high end of each fold
 )->tuple[float, float, float]: # of their mean
@@ -53,7 +52,6 @@ def cell(rows:Sequence[Mapping])->str: # mean ± std [low, high]
     groups = [[x for x in rows if x.get('fold') == f] for f in dict.fromkeys(x.get('fold') for x in rows)]
     v, low, high = over_folds([[known_mean(x.get(k) for x in g) for k in ('value', 'low', 'high')] for g in groups])
     return '–' if np.isnan(v) else f"{v:.3f}{std_of(rows)}" + ('' if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
-
 
 # %% ../../nbs/reporting/49_results.ipynb #c011
 MISLEADING = {'detection': {'mAP as published': ('published',), 'FROC': ('froc',)},
@@ -126,7 +124,6 @@ def difference_table(r:Reproduction, found:Mapping[str, Run], table:Table, again
     base = next(a for a in table.arms if a.name == (against or table.arms[0].name))
     return by_data(r, table, [difference_row(name, {'encoder': f'{arm.name} − {base.name}'}, mine, differences(mine, theirs))
                               for arm in table.arms if arm is not base for name, mine, theirs in both_of(r, found, table, arm, base)])
-
 
 # %% ../../nbs/reporting/49_results.ipynb #c131
 def draw_differences(mine:Sequence[Run], theirs:Sequence[Run])->dict[float, np.ndarray]: # share of the labels -> one number a fold, seed and draw; NaN where either has none
@@ -202,13 +199,16 @@ def unlabelled_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:
     return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c024
+def published_file()->Path:
+    "Where the published results lie, in a checkout or in the installed package."
+    package = Path(str(files('cmcgns')))
+    return next(p for p in (package.parent/'data'/'published_results.csv', package/'published'/'published_results.csv') if p.exists())
+
 def published_rows(task:str, # 'classification', 'detection' or 'segmentation'
                    datasets:Sequence[str]=(), # as they are spelled there; all if empty
 )->list[dict]: # a row a data set and method
     "Published results of a task, one column a share of the labels."
-    package = Path(str(files('cmcgns')))
-    file = next(p for p in (package.parent/'data'/'published_results.csv', package/'published'/'published_results.csv') if p.exists())
-    with open(file, encoding='utf-8', newline='') as f: rows = [x for x in csv.DictReader(f) if x['task'] == task and (not datasets or x['dataset'] in datasets)]
+    with open(published_file(), encoding='utf-8', newline='') as f: rows = [x for x in csv.DictReader(f) if x['task'] == task and (not datasets or x['dataset'] in datasets)]
     out = {}
     for x in rows:
         key = x['dataset'], x['method'], x['backbone'], x['metric'], x['reported_by'], x['note']
