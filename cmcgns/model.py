@@ -85,7 +85,7 @@ PUBLISHED = dict(sentence_temperature=1., cluster_init='published', start_on='pa
                  margin_over='all_pairs', predictor_norm=False, mask_by='channel', mask_in_eval=True, scramble_local=True, relu_before_tanh=True, share_layers=True)
 
 def as_published(method): # a `Method`, or a record that extends it
-    "The same settings with every published behaviour switched on."
+    "The same settings with the published behaviours of `PUBLISHED` switched on."
     return replace_fields(method, **PUBLISHED)
 
 # %% ../nbs/core/06_model.ipynb #c013

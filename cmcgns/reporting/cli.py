@@ -31,7 +31,7 @@ Dataset = Annotated[Optional[str], typer.Option(help="which data set, if the fol
 SplitBy = Annotated[str, typer.Option('--split', help="ours, published, image-level (to match old numbers), fold1of5 …, or published lists by name or path; reproduce knows 5folds too: all of them")]
 Changes = Annotated[list[str], typer.Option('--set', help="change a setting, e.g. --set lr=1e-4; may be repeated")]
 Seed = Annotated[Optional[int], typer.Option(help="seed of the pre-training; the preset's if not given")]
-Published = Annotated[bool, typer.Option('--as-published', help="switch on every behaviour of the published code that differs from ours")]
+Published = Annotated[bool, typer.Option('--as-published', help="switch on the eleven behaviours of the published code that are options")]
 Runs = Annotated[Path, typer.Option(help="folder of all runs")]
 Cache = Annotated[Path, typer.Option(help="folder for made and decoded images")]
 
