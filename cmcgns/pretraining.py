@@ -353,6 +353,8 @@ class Collapse(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for hook in self.hooks: hook.remove()
 
+    def on_epoch_end(self, args, state, control, **kwargs): self.sums = {} # validation comes next; what was encoded so far was for others, like an audit
+
     def clusters(self, model)->Tensor|None: # sentences of each cluster so far, (k,)
         sampler = getattr(getattr(model, 'contrast', None), 'sampler', None)
         return None if sampler is None else sampler.counts.clone()
@@ -477,7 +479,7 @@ def train_stage(model:CMCGNS, # where to start
     model.image_encoder.to(memory_format=torch.channels_last) # convolutions are faster so
     if settings.compile: compile_encoders(model)
     trainer = PairTrainer(model, arguments(settings, epochs, folder, len(train)//settings.batch_size), collate, train, validation,
-                          callbacks=[Bar(title), KeepWhole(), BestSinceStart(), Collapse(), *callbacks])
+                          callbacks=[Bar(title), KeepWhole(), BestSinceStart(), *callbacks, Collapse()])
     if settings.freeze_text: read_reports_once(model, folder, train=train, validation=validation)
     for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
     with processes.main_process_first(): start = last_checkpoint(folder)
