@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from cmcgns.reporting import pages
 from cmcgns.reporting.pages import find_page, run_page, show_all
 
+ROOT = Path(__file__).parents[1]
 HELPERS = textwrap.dedent('''
     import os, pathlib
     def begin(): pathlib.Path(f"kernel-{os.getpid()}").touch()
@@ -62,8 +64,11 @@ def test_a_page_that_fails_says_so_in_one_sentence_with_its_name(page, tmp_path,
     assert (tmp_path / "out" / "broken.ipynb").exists() and gone(tmp_path)
 
 
-def test_parameters_keep_their_types_and_threads_reach_the_kernel_alone(page, tmp_path):
-    page("told", "import json; pathlib.Path('told.json').write_text(json.dumps([seed, os.environ['OMP_NUM_THREADS'], os.getcwd()]))")
+def test_parameters_keep_their_types_threads_reach_the_kernel_alone_and_modules_are_found(page, tmp_path, monkeypatch):
+    page("told", "import json, of_mine; pathlib.Path('told.json').write_text(json.dumps([seed, os.environ['OMP_NUM_THREADS'], os.getcwd()]))")
+    (tmp_path / "of_mine.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", os.environ.get("PYTHONPATH", str(ROOT))]))
     before = dict(os.environ)
     run_page("told", tmp_path / "out", threads=3, seed="42")
     assert json.loads((tmp_path / "out" / "told.json").read_text()) == ["42", "3", str(tmp_path / "out")] and dict(os.environ) == before
