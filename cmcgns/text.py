@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NEVER', 'BEFORE_LABEL', 'BEFORE_CAPITAL', 'LETTER_NAME', 'STOP', 'SPECIAL', 'LETTERS', 'clean_words',
            'keep_sentences', 'split_report', 'mend_marks', 'ends_sentence', 'cut_note', 'note_sentences',
-           'report_sentences', 'train_tokenizer', 'load_tokenizer', 'encode_reports', 'pool_tokens']
+           'report_sentences', 'train_tokenizer', 'load_tokenizer', 'check_sentences', 'encode_reports', 'pool_tokens']
 
 # %% ../nbs/core/00_text.ipynb #c002
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 # %% ../nbs/core/00_text.ipynb #c006
 def clean_words(text:str, # any text
 )->list[str]: # its words
-    "Lower-cased words of ASCII letters and digits."
-    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    "Lower-cased words of ASCII letters and digits; accents are dropped, and any other mark parts words."
+    if not text.isascii():
+        text = unicodedata.normalize("NFKD", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text).casefold())
+        text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Cf")) # accents, and what is not seen
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
@@ -47,9 +49,9 @@ def mend_marks(text:str, # text with `?` or `\ufffd` where a wrong encoding lost
     return re.sub(r"(?<![A-Za-z]{2})\?|\?(?!\s+[A-Z0-9]|\s*$)", " ", text)
 
 # %% ../nbs/core/00_text.ipynb #c021
-NEVER = frozenset("dr drs mr mrs ms prof st vs cf ca viz esp approx e.g i.e eg ie u.s u.k p.o i.v i.m".split())
+NEVER = frozenset("dr drs mr mrs ms prof st vs cf viz esp approx e.g i.e eg ie u.s u.k p.o i.v i.m".split())
 BEFORE_LABEL = frozenset("fig figs no nos tab ref refs eq vol pp".split())
-BEFORE_CAPITAL = frozenset("""al etc a.m p.m q.d qd b.i.d bid t.i.d tid q.i.d qid o.d o.s mm cm mg kg ml dl mmol mol
+BEFORE_CAPITAL = frozenset("""al ca etc a.m p.m q.d qd b.i.d bid t.i.d tid q.i.d qid o.d o.s mm cm mg kg ml dl mmol mol
     min mins sec hr hrs wk wks mo yr yrs hx incl max temp""".split())
 LETTER_NAME = re.compile(r"([\d/]|\b(?i:per|type|vitamin|hepatitis|influenza|group|grade|panel|label|image|case|patient|level))\s*[A-Z]$")
 
@@ -64,7 +66,7 @@ def ends_sentence(before:str, # the text before a full stop; the last words are 
     word = re.search(r"[^\s(\[/,;]*$", before)[0]
     name = word.lower()
     if name in NEVER: return False
-    if name in BEFORE_LABEL: return not re.match(r"\d|[A-Z]\b", follows)
+    if name in BEFORE_LABEL: return not re.match(r"\d" if name in ("no", "nos") else r"\d|[A-Z]\b", follows) # no. 5, but: cough no. A film
     if name in BEFORE_CAPITAL: return follows[0].isupper() or bool(re.match(r"\d{1,2}\.\s", follows)) # a list goes on
     if re.fullmatch("[A-Z]", word): return bool(LETTER_NAME.search(before))
     return True
@@ -136,11 +138,20 @@ def load_tokenizer(name:str|Path, # a folder, or a hub id like `owner/name`
     return tokenizer
 
 # %% ../nbs/core/00_text.ipynb #c042
+def check_sentences(reports:Sequence[Sequence[str]], # of several studies
+                    name:str='report', # for the message
+)->None:
+    "Refuse reports that are plain text: their letters would be taken for sentences. Raises `ValueError`."
+    plain = next((i for i, r in enumerate(reports) if isinstance(r, str)), None)
+    if plain is not None: raise ValueError(f"{name} {plain} is a text, expected a list of its sentences: cut it with split_report")
+
 def encode_reports(tokenizer:PreTrainedTokenizerBase, # with [CLS], [SEP] and [PAD]
                    reports:list[list[str]], # the sentences of each report
                    max_tokens:int=256, # the longest a report may be, [CLS] and [SEP] included
 )->dict[str, Tensor]: # `input_ids`, `attention_mask`, `sentence_ids`, each int64, (b, t)
-    "Encode reports, padded to the longest of the batch. Raises `ValueError` for a report without words."
+    "Encode reports, padded to the longest of the batch. Raises `ValueError` for a report without words, and for one that is no list of sentences."
+    if not reports or max_tokens < 3: raise ValueError(f"{len(reports)} reports in at most {max_tokens} tokens: give at least one report, and room for [CLS], [SEP] and a token")
+    check_sentences(reports)
     pieces = iter(tokenizer([s for r in reports for s in r], add_special_tokens=False, verbose=False).input_ids if any(reports) else [])
     rows = []
     for i, report in enumerate(reports):

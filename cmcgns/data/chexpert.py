@@ -25,6 +25,7 @@ import numpy as np
 
 from .mimic_cxr import TITLES, write_image
 from .studies import TORN, Loading, Skipped, Split, Study, draw, open_text, read_rows, split_studies, write_atomically
+from ..files import folders_of
 
 # %% ../../nbs/data/15_chexpert.ipynb #c007
 FINDINGS = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion',
@@ -49,8 +50,7 @@ def _has_header(file:Path) -> bool:
 def find_chexpert(root:str|os.PathLike, # a folder of data sets, or the data set
 )->Path|None: # the folder with the tables: this one or one directly within; None if there is none
     "Where CheXpert is."
-    if not Path(root).is_dir(): return None
-    return next((d for d in (Path(root), *sorted(p for p in Path(root).iterdir() if p.is_dir())) if any(map(_has_header, find_tables(d).values()))), None)
+    return next((d for d in folders_of(root) if any(map(_has_header, find_tables(d).values()))), None)
 
 # %% ../../nbs/data/15_chexpert.ipynb #c011
 PATH = re.compile(r'(?:.*/)?((train|valid|test)/(patient\d+)/((study\d+)/view\d+_(frontal|lateral)\.\w+))')

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from .studies import Box, Loading, Skipped, Study, open_text, read_mask, read_rows, write_atomically
-from ..files import is_inside, one_line
+from ..files import folders_of, is_inside, one_line
 from ..image import read_image
 from ..text import note_sentences
 
@@ -37,8 +37,7 @@ ADVICE = "get a clone with `git clone --depth 1 https://github.com/ieee8023/covi
 def find_covid_cxr(root:str|os.PathLike, # a folder with data
 )->Path|None: # the clone: the folder itself or one directly below
     "Where the collection is; other data sets have a metadata.csv too, so its first line is read."
-    root = Path(root)
-    for place in (root, *sorted(p for p in root.iterdir() if p.is_dir())) if root.is_dir() else ():
+    for place in folders_of(root):
         if not (place/'metadata.csv').is_file(): continue
         with open_text(place/'metadata.csv') as f: columns = f.readline(10_000).split(',')
         if {'patientid', 'finding', 'clinical_notes'} <= {c.strip(' "\r\n') for c in columns}: return place

@@ -22,6 +22,7 @@ from PIL import Image
 
 from .covid_cxr import SAME_PATIENT
 from .studies import TORN, Loading, Skipped, Split, Study, open_text, split_studies, write_atomically
+from ..files import folders_of
 from ..image import read_image
 
 # %% ../../nbs/data/17_covidx.ipynb #c007
@@ -48,9 +49,7 @@ def find_lists(root:str|os.PathLike, # a folder
 def find_covidx(root:str|os.PathLike, # a folder with data
 )->Path|None: # the folder with the lists: itself or one directly below
     "Where COVIDx is."
-    root = Path(root)
-    if not root.is_dir(): return None
-    return next((d for d in (root, *sorted(p for p in root.iterdir() if p.is_dir())) if find_lists(d)), None)
+    return next((d for d in folders_of(root) if find_lists(d)), None)
 
 # %% ../../nbs/data/17_covidx.ipynb #c010
 def classes_of(version:str, # '9A', 'CXR-2', ...

@@ -33,6 +33,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from .studies import TORN, Loading, Skipped, Split, Study, check_disjoint, draw, read_rows
+from ..files import folders_of
 from ..image import read_image
 from ..text import report_sentences, split_report
 
@@ -232,8 +233,7 @@ def find_table(root:str|os.PathLike, # the unpacked data set
 def find_mimic_cxr(root:str|os.PathLike, # a folder of data sets, or the data set
 )->Path|None: # the folder with the tables; None if there is none
     "The unpacked data set: this folder or one within."
-    if not Path(root).is_dir(): return None
-    return next((p for p in (Path(root), *sorted(p for p in Path(root).iterdir() if p.is_dir())) if find_table(p, 'metadata')), None)
+    return next((p for p in folders_of(root) if find_table(p, 'metadata')), None)
 
 def read_table(root:str|os.PathLike, # the unpacked data set
                kind:str, # which table
@@ -335,12 +335,14 @@ def make_studies(root:Path, # the unpacked data set
                  one_per_study:bool, # keep one image of each examination
 )->Iterator[tuple[int, Study|str]]: # row, and its study or the reason why there is none
     "Make a study of each row that can be one."
-    best, seen, listed = choose_images(rows, views) if one_per_study else rows, set(), lru_cache(2048)(list_names)
-    unknown, tree = dict.fromkeys(LABELS) if labels else {}, root/'files'
+    listed, seen, unknown, tree = lru_cache(2048)(list_names), set(), dict.fromkeys(LABELS) if labels else {}, root/'files'
+    def is_there(row): folder, _, name = name_files(row)[0].rpartition('/'); return not need_images or name in listed(f'{root}/files/{folder}')
+    best = choose_images({n: r for n, r in rows.items() if not find_reason(r, views, (), labels) and is_there(r)}, views) if one_per_study else rows
+    chosen = {rows[n]['study_id'] for n in best}
     for n, row in rows.items():
         reason, told, (image, report) = find_reason(row, views, seen, labels), ({}, ()), name_files(row)
-        if not reason and n not in best: reason = 'another image of its study'
-        if not reason and need_images and image.rpartition('/')[2] not in listed(f"{root}/files/{image.rpartition('/')[0]}"): reason = 'no such image'
+        if not reason and n not in best and row['study_id'] in chosen: reason = 'another image of its study'
+        if not reason and not is_there(row): reason = 'no such image'
         if not reason and tell and isinstance(told := tell(report), str): reason = told
         if reason: yield n, reason; continue
         seen.add(row['dicom_id'])

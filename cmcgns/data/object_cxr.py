@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .studies import Box, Loading, Runs, Skipped, Split, Study, open_text, read_mask, read_rows, split_studies, write_atomically
+from ..files import folders_of
 from ..image import ImageError, image_shape, read_image
 
 # %% ../../nbs/data/19_object_cxr.ipynb #c007
@@ -126,9 +127,7 @@ def _has_tables(folder:Path) -> bool:
 def find_object_cxr(root:str|os.PathLike, # a folder with data
 )->Path|None: # the folder with the tables: itself or one directly below
     "Where Object-CXR is."
-    root = Path(root)
-    if not root.is_dir(): return None
-    return next((d for d in (root, *sorted(p for p in root.iterdir() if p.is_dir())) if _has_tables(d)), None)
+    return next((d for d in folders_of(root) if _has_tables(d)), None)
 
 class Row(NamedTuple):
     "A row of a table."

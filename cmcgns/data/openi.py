@@ -29,6 +29,7 @@ from defusedxml.ElementTree import fromstring
 from PIL import Image
 
 from .studies import Loading, Skipped, Study, read_rows
+from ..files import folders_of
 from ..image import read_image
 from ..text import report_sentences, split_report
 
@@ -74,8 +75,7 @@ def find_reports(folder:str|os.PathLike, # where they may be
 def find_openi(root:str|os.PathLike, # a folder of data sets, or the data set
 )->Path|None: # the folder that holds the reports; None if there is none
     "Find Open-i: this folder or one within."
-    if not os.path.isdir(root): return None
-    return next((p for p in (Path(root), *sorted(p for p in Path(root).iterdir() if p.is_dir())) if find_reports(p)), None)
+    return next((p for p in folders_of(root) if find_reports(p)), None)
 
 @contextmanager
 def open_archive(path:Path, # packed or not, whatever its ending says

@@ -21,12 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from .studies import Box, Loading, Runs, Skipped, Study, read_mask, read_rows, write_atomically
-from ..files import one_line
+from ..files import folders_of, one_line
 from ..image import dicom_header, image_shape, read_image
 
 # %% ../../nbs/data/16_rsna.ipynb #c006
@@ -55,7 +54,6 @@ def native_size(path:str|os.PathLike, # an image file
 
 # %% ../../nbs/data/16_rsna.ipynb #c009
 def common_size(paths:Iterable[Path], # images of one set
-                converted:bool=True, # whether there may be other files than DICOM
 )->tuple[int, int]: # height and width, pixels; `SIZE` if there are no images
     "Size of the images. Raises `ValueError` if none can be read, or if a conversion shrank them."
     first = None
@@ -115,12 +113,10 @@ def find_table(folder:str|os.PathLike, # where it may be
     return next((Path(folder)/f'{name}{end}' for end in ('', '.gz', '.zip') if os.path.isfile(f'{folder}/{name}{end}')), None)
 
 def find_layout(root:str|os.PathLike, # a folder, or the folder above it
-                is_it:Callable[[str], object], # whether a folder is the one
+                is_it:Callable[[Path], object], # whether a folder is the one
 )->Path|None: # the folder, if there is one
     "The first of a folder and the folders in it that is the one, by name."
-    if not os.path.isdir(root): return None
-    folders = [os.fspath(root), *sorted(e.path for e in os.scandir(root) if e.is_dir())]
-    return next((Path(f) for f in folders if is_it(f)), None)
+    return next((f for f in folders_of(root) if is_it(f)), None)
 
 def find_rsna(root:str|os.PathLike, # the folder, or the one above it
 )->Path|None: # the folder that holds the table of stage 2, if there is one

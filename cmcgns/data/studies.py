@@ -77,6 +77,7 @@ class Study:
 
     def __post_init__(self):
         if not self.patient: raise ValueError(f"study {self.id!r} has no patient: use its own id where patients are unknown")
+        if isinstance(self.sentences, str): raise ValueError(f"study {self.id!r} has a text for its sentences: cut it with split_report")
         if self.meanings and len(self.meanings) != len(self.sentences):
             raise ValueError(f"study {self.id!r} has {len(self.meanings)} meanings for {len(self.sentences)} sentences: give one each or none")
         wrong = {k: v for k, v in self.labels.items() if v not in (0, 1, None)}

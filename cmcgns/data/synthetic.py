@@ -810,8 +810,9 @@ def _settle(part:Path, target:Path):
 
 def read_synthetic(folder:str|os.PathLike, # made by `synthesize`
 )->list[Study]: # in the order of their indices
-    "Read a synthetic set; missing images raise `ValueError`."
-    studies, there = load_studies(Path(folder)/'studies.jsonl'), {e.name for e in os.scandir(Path(folder)/'images')}
-    missing = [s.image.name for s in studies if s.image.name not in there]
-    if missing: raise ValueError(f"{folder}: {len(missing)} of {len(studies)} images are missing, {missing[0]} is the first: remove the folder and draw it again")
+    "Read a synthetic set; missing images and masks raise `ValueError`."
+    studies = load_studies(Path(folder)/'studies.jsonl')
+    there = {k: {e.name for e in os.scandir(Path(folder, k))} if Path(folder, k).is_dir() else set() for k in ('images', 'masks')}
+    missing = [f.name for s in studies for k, files in (('images', [s.image]), ('masks', s.masks.values())) for f in files if f.name not in there[k]]
+    if missing: raise ValueError(f"{folder}: {len(missing)} images and masks of {len(studies)} studies are missing, {missing[0]} is the first: remove the folder and draw it again")
     return studies

@@ -519,6 +519,7 @@ def open_table(loading:Loading, # of `read_table`
     if not loading.studies: raise ValueError(f"{loading}: there is no study to learn from; {ADVICE}")
     pixels = build_cache([s.image for s in loading.studies], store_size, Path(cache)/'pixels', on_error='skip', progress=False)
     studies = leave_out(loading.studies, pixels.broken)
-    targets = tuple(studies[0].labels)
+    rows, targets = pixels.rows(s.image for s in studies), tuple(studies[0].labels)
+    images = pixels.images if rows == [*range(len(pixels))] else pixels.images[rows] # in the order of the cache they stay in its file
     split = split_studies(studies, dict(train=.7, validation=.1, test=.2), stratify=targets[0] if targets else None, seed=seed)
-    return Problem(loading.dataset, studies, pixels.images[pixels.rows(s.image for s in studies)], targets, split, 'ours', fingerprint(studies))
+    return Problem(loading.dataset, studies, images, targets, split, 'ours', fingerprint(studies))

@@ -11,7 +11,6 @@ __all__ = ['SYNTHETIC_STUDIES', 'SHARES', 'TARGETS', 'PARTS', 'READ', 'STAND_IN_
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from filelock import FileLock
 
 from ..data.check import DATASETS, find_datasets, is_synthetic, write_layout
 from ..data.chexpert import FIVE
-from ..data.published_splits import leak, read_published_split, split_by_image_leaky
+from ..data.published_splits import choose_train, find_split, leak, match_split, read_lists, read_published_split, split_by_image_leaky
 from ..data.studies import Split, Study, fingerprint, split_fold, split_studies
 from ..data.synthetic import FINDINGS, synthesize
 from ..image import build_cache
@@ -102,13 +101,15 @@ def complete_split(split:Split, # a published one, with two or three parts
 # %% ../../nbs/reporting/41a_problems.ipynb #c0c1
 def check_split(how:str, # as for `draw_split`
                 key:str, # 'synthetic', or a key of `DATASETS`
+                place:Path|None=None, # where it lies; published lists are looked for beside it
 ):
-    "Raise a `ValueError` for a name that is no split, or several."
+    "Raise a `ValueError` for a name that is no split, or several, and a `FileNotFoundError` for lists that are not there."
     if re.fullmatch(r'\d+folds', how): raise ValueError(f"{how} are several splits, which reproduce goes through; here name one, like fold1of{how.removesuffix('folds')}")
     if how in ('ours', 'image-level') or re.fullmatch(r'fold\d+of\d+', how): return
     kind, known = DATASETS.get(key), "known are ours, fold1of5 and the like, image-level"
     if kind is None: raise ValueError(f"unknown split {how!r} for synthetic films: {known}")
     if how == 'published' and kind.published is None: raise ValueError(f"the publisher of {key} ships no split: {known}, and published lists by name or path")
+    if how != 'published' and place is not None: find_split(how, place.parent)
 
 # %% ../../nbs/reporting/41a_problems.ipynb #c013
 def draw_split(key:str, # 'synthetic', or a key of `DATASETS`
@@ -117,15 +118,17 @@ def draw_split(key:str, # 'synthetic', or a key of `DATASETS`
                how:str='ours', # 'ours', 'fold1of5' …, 'published', 'image-level', or the name or path of published lists
                seed:int=0, # of our split
 )->Split: # train, validation and test
-    "The split that was asked for; patients in two parts are refused in ours, and counted on stderr in others."
-    check_split(how, key)
+    "The split that was asked for; patients in two parts are refused in ours, and counted on stderr in others; so are films of lists that are not there."
+    check_split(how, key, place)
     kind, shares = DATASETS.get(key), SHARES.get(key, dict(train=.7, validation=.1, test=.2))
     by, stratify = kind.by if kind else 'patient', targets_of(key, studies)[0]
     if how == 'ours': return split_studies(studies, shares, by=by, stratify=stratify, seed=seed)
     if m := re.fullmatch(r'fold(\d+)of(\d+)', how): return split_fold(studies, int(m[1]), int(m[2]), by=by, stratify=stratify, seed=seed)
     if how == 'image-level': split = split_by_image_leaky(studies, shares, stratify=stratify, seed=seed)
     elif how == 'published': split = complete_split(kind.published(place), studies, by)
-    else: split = complete_split(read_published_split(how, studies, root=place.parent), studies, by)
+    else:
+        print(f"lists {how}: {match_split(choose_train(read_lists(find_split(how, place.parent))), studies)}", file=sys.stderr)
+        split = complete_split(read_published_split(how, studies, root=place.parent, missing='skip'), studies, by) # lists of all views, or a film that cannot be read
     print(f"split {how}: {leak(studies, split)}", file=sys.stderr)
     return split
 
@@ -168,7 +171,7 @@ def open_problem(data_root, # a folder with real data, or None for the synthetic
 )->Problem:
     "A data set made ready; images that cannot be read are counted, said, and left out."
     key, place = choose_dataset(data_root, dataset)
-    check_split(split, key)
+    check_split(split, key, place)
     if place is None: studies = synthesize(synthetic_studies, cache, size=store_size, masks=True)
     else:
         found = DATASETS[key].scan(place, **READ.get(key, {}))
@@ -208,9 +211,5 @@ def stand_in(key:str, # of `DATASETS`
     folder = Path(cache)/'stand-ins'/f'{key}-{n}-{size}px'
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + '.lock')):
-        if not folder.exists():
-            part = folder.with_name(folder.name + '.partial')
-            shutil.rmtree(part, ignore_errors=True)
-            write_layout(key, synthesize(n, cache, size=size, seed=STAND_IN_SEED, masks=True), part)
-            part.rename(folder)
+        if not folder.exists(): write_layout(key, synthesize(n, cache, size=size, seed=STAND_IN_SEED, masks=True), folder)
     return folder
