@@ -22,9 +22,10 @@ def full_precision(x:Tensor)->Tensor:
 def cosines(x:Tensor, # (n, d)
             y:Tensor, # (m, d)
 )->Tensor: # cosine of each row of `x` with each row of `y`, (n, m)
-    "All cosines between two sets of vectors, in full precision also under autocast."
+    "All cosines between two sets of vectors, in full precision also under autocast, and in the wider type of the two."
+    kind = torch.promote_types(x.dtype, y.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        x, y = (F.normalize(full_precision(t), dim=-1) for t in (x, y))
+        x, y = (F.normalize(full_precision(t.to(kind)), dim=-1) for t in (x, y))
         return x @ y.T # (n, m)
 
 # %% ../nbs/core/03_alignment.ipynb #c010

@@ -57,7 +57,9 @@ def first_centroids(points:Tensor, # unit vectors, (n, d)
                     init:str='farthest', # 'farthest' from all chosen so far, or from the last one, 'published'
                     seed:int=0, # draws the first
 )->Tensor: # positions of the chosen points, (k,), all different
-    "Choose points that lie apart."
+    "Choose points that lie apart. Raises `ValueError` for an unknown rule, or more than there are."
+    check_known('init', init, 'farthest', 'published')
+    if not 0 < k <= len(points): raise ValueError(f"{k} of {len(points)} points: choose at least one, and no more than there are")
     chosen = [torch.randint(len(points), (1,), generator=torch.Generator().manual_seed(seed)).to(points.device)]
     taken = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     nearest = torch.full_like(points[:, 0], -math.inf) # cosine with the nearest chosen one, (n,)
@@ -83,7 +85,8 @@ def move_centroids(centroids:Tensor, # (k, d)
                    momentum:float=1e-3, # eta, the length of the step
                    update:str='sum', # towards the 'sum' of the members, as published, or their 'mean'
 )->Tensor: # (k, d)
-    "One step of online k-means; a cluster without members stays where it is."
+    "One step of online k-means; a cluster without members stays where it is. Raises `ValueError` for an unknown `update`."
+    check_known('update', update, 'sum', 'mean')
     total, n = sums[:, :-1], sums[:, -1:] # (k, d), (k, 1)
     target = total if update == 'sum' else total / n.clamp(min=1)
     return torch.where(n > 0, torch.lerp(centroids, target, momentum), centroids)
@@ -115,6 +118,12 @@ class OnlineKMeans(nn.Module):
         for name in ('centroids', 'recent'): self.register_buffer(name, torch.zeros(clusters, d))
         self.register_buffer('counts', torch.zeros(clusters, dtype=torch.long))
         for name, value in dict(n_recent=0, started=False, steps=0).items(): self.register_buffer(name, torch.tensor(value))
+        self.known_to_have_started = False
+
+    @torch.no_grad()
+    def restart(self)->None:
+        "Forget everything, and wait for the start again."
+        for state in self.buffers(): state.zero_()
         self.known_to_have_started = False
 
     def has_started(self)->bool:

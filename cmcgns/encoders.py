@@ -6,8 +6,8 @@
 __all__ = ['IMAGE_ENCODERS', 'TEXT_ENCODERS', 'ENCODERS', 'TASK_HEADS', 'SHAPELESS', 'read_config', 'image_config', 'text_config',
            'AttentionPool', 'map_to_regions', 'ImageFeatures', 'feature_grid', 'ImageEncoder', 'expand_channels',
            'without_pooler', 'TextEncoder', 'SentencePool', 'quiet_transformers', 'heap_aside', 'config_differences',
-           'some', 'describe_misfit', 'read_weights', 'load_pretrained', 'stay_in_eval', 'freeze', 'norms_at_rest',
-           'join', 'in_parts']
+           'some', 'describe_misfit', 'read_weights', 'load_pretrained', 'stay_in_eval', 'freeze', 'unfreeze',
+           'norms_at_rest', 'join', 'in_parts']
 
 # %% ../nbs/core/02_encoders.ipynb #c002
 import gc
@@ -300,6 +300,11 @@ def freeze(module:nn.Module)->nn.Module: # the same module
     module.requires_grad_(False).eval()
     for m in module.modules(): m.train = partial(stay_in_eval, m)
     return module
+
+def unfreeze(module:nn.Module)->nn.Module: # the same module
+    "Gradients and `.train()` as before `freeze`, or as always; in place."
+    for m in module.modules(): vars(m).pop('train', None)
+    return module.requires_grad_()
 
 # %% ../nbs/core/02_encoders.ipynb #d402
 @contextmanager

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'ALLOWED', 'SECOND_STAGE', 'replace_fields', 'Method', 'as_published', 'CMCGNSConfig', 'make_config',
            'CMCGNSOutput', 'ClusterGuided', 'ClusterGuidedObjective', 'rebuild', 'total_loss', 'make_contrast',
-           'make_reconstruction', 'CMCGNSParts', 'find_sentences', 'unit', 'CMCGNS', 'build_model', 'next_stage',
-           'embed_at_once', 'read_model', 'load_model']
+           'make_reconstruction', 'CMCGNSParts', 'find_sentences', 'unit', 'CMCGNS', 'part_of', 'build_model',
+           'next_stage', 'embed_at_once', 'read_model', 'load_model']
 
 # %% ../nbs/core/06_model.ipynb #c002
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -291,11 +291,18 @@ class CMCGNS(CMCGNSParts):
         image = in_parts(self, self.encode_images, self.at_once, pixel_values)
         report = in_parts(self, self.encode_reports, self.at_once, input_ids, attention_mask, sentence_ids, word_ids, exists, None, hidden)
         losses = self.losses_of(image, report._replace(rows=rows))
-        rebuilt = losses.pop('rebuilt', None)
-        out = CMCGNSOutput(rebuilt=rebuilt)
-        for name, loss in losses.items(): out[f'{name}_loss'] = loss
-        out.loss = self.objective.total(losses)
+        out = CMCGNSOutput(loss=self.objective.total(losses))
+        for name, loss in losses.items(): out[name if name == 'rebuilt' else f'{name}_loss'] = loss
         return out
+
+# %% ../nbs/core/06_model.ipynb #c31p
+def part_of(model:nn.Module, # a `CMCGNS`
+            name:str, # 'attention', 'contrast', …
+)->nn.Module:
+    "A part that is asked about. Raises `ValueError` where the model's objective has none."
+    part = getattr(model, name, None)
+    if part is None: raise ValueError(f"this model was trained with {getattr(getattr(model, 'config', None), 'objective', 'another objective')}, which has no {name}: that is asked of models of cm-cgns")
+    return part
 
 # %% ../nbs/core/06_model.ipynb #c038
 def build_model(image_encoder:str, # a name of `ENCODERS` (from scratch), a local folder, or a hub id
@@ -307,7 +314,7 @@ def build_model(image_encoder:str, # a name of `ENCODERS` (from scratch), a loca
 )->CMCGNS: # a stage-1 model
     "A new stage-1 model; the random state of the caller is left alone."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed those of all GPUs, too
         model = CMCGNS(make_config(image_encoder, text_encoder, vocab_size, image_size, method))
     for part, name in (model.image_encoder, image_encoder), (model.text_encoder, text_encoder):
         if name not in ENCODERS['image'] | ENCODERS['text']: load_pretrained(part, name)
@@ -319,14 +326,14 @@ SECOND_STAGE = 'rebuild_weight', 'rebuild_over', 'mask_share', 'mask_by', 'mask_
 def next_stage(model:CMCGNS, # a trained stage-1 model
                **changes, # of fields in `SECOND_STAGE`
 )->CMCGNS: # stage 2 with the same weights and sampler, and a new decoder
-    "The stage-2 model that goes on from a stage-1 model."
+    "The stage-2 model that goes on from a stage-1 model, where and in the mode that is. Raises `ValueError` for other fields, and for weights that do not fit."
     if wrong := [k for k in changes if k not in SECOND_STAGE]: raise ValueError(f"{wrong[0]} was settled in stage 1: stage 2 may change {', '.join(SECOND_STAGE)}")
     config = CMCGNSConfig.from_dict(model.config.to_dict() | changes | {'stage': 2})
     new = CMCGNS(config)
     missing, unexpected = new.load_state_dict(model.state_dict(), strict=False)
     left = [k for k in missing if k.removeprefix('other.').split('.')[0] not in new.objective.second_stage] + unexpected
     if left: raise ValueError(f"stage 1 does not fit stage 2: {', '.join(left[:5])} differ; were both built with the same settings?")
-    return new
+    return new.to(device=model.device, dtype=model.dtype).train(model.training)
 
 # %% ../nbs/core/06_model.ipynb #d412
 def embed_at_once(model:CMCGNS, n:int, # pairs; 0: the whole batch

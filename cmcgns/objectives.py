@@ -80,8 +80,8 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no `losses(image, report)`: write one that returns a dictionary of scalars")
 
     def total(self, losses:dict[str, Tensor])->Tensor: # scalar
-        "Their weighted sum."
-        return sum(self.weights.get(name, 1.) * loss for name, loss in losses.items())
+        "Their weighted sum; `rebuilt` is no loss."
+        return sum(self.weights.get(name, 1.) * loss for name, loss in losses.items() if name != 'rebuilt')
 
     def phase(self): # anything that can be compared
         "Changes when losses before and after cannot be compared."
@@ -139,6 +139,7 @@ def read_options(text:str, # like 'weight=3 margin=0.2'
     for part in text.split():
         name, sep, value = part.partition('=')
         if not sep: raise ValueError(f"{part!r}: expected options as name=value, with spaces between them")
+        if type(known.get(name, '')) not in (bool, int, float, str): raise ValueError(f"option {name!r} of {objective.__name__} has the default {known[name]!r}: only numbers, texts and True or False can be set by name")
         if name not in known: raise ValueError(f"unknown option {name!r} of {objective.__name__}: known are {', '.join(known) or 'none'}")
         options[name] = read_value(value, type(known[name]), name)
     return options

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'CHOICES', 'POSITIVE', 'COLLAPSED', 'Settings', 'native_precision', 'make_settings', 'parse_changes',
            'check_settings', 'Corpus', 'check_corpus', 'EpochSampler', 'Pairs', 'count_sentences', 'collate',
            'tell_fault', 'LossTrainer', 'PairTrainer', 'evaluate_batches', 'Bar', 'remove_checkpoint', 'KeepWhole',
-           'last_checkpoint', 'BestSinceStart', 'mean_cosine', 'Collapse', 'save_whole', 'spare_cores',
+           'last_checkpoint', 'BestSinceStart', 'cosine_of_sum', 'Collapse', 'save_whole', 'spare_cores',
            'compile_encoders', 'arguments', 'join_processes', 'TokenFeatures', 'write_features', 'read_reports_once',
            'train_stage', 'make_tokenizer', 'start_stage', 'save_stage', 'first_stage', 'pretrain']
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .alignment import full_precision
@@ -43,7 +43,7 @@ from .model import CMCGNS, SECOND_STAGE, Method, build_model, embed_at_once, fin
 from .objectives import OBJECTIVES, find_objective, number_words, read_options, read_value
 from .processes import add_up, n_processes, share_norms
 from .reconstruction import check_masking, count_doublings
-from .text import encode_reports, load_tokenizer, train_tokenizer
+from .text import check_sentences, encode_reports, load_tokenizer, train_tokenizer
 
 # %% ../nbs/core/07_pretraining.ipynb #c005
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def make_settings(preset:str='laptop', # a name of `PRESETS`
 def parse_changes(texts:Sequence[str], # like 'lr=5e-4'
                   record=Settings(), # whose fields give the types
 )->dict: # field -> value of the field's type
-    "Changes of settings written as `name=value`."
+    "Changes of settings written as `name=value`. Raises `ValueError` for an unknown field, or a value of another type."
     changes = {}
     for text in texts:
         if not text.isprintable(): raise ValueError(f"{text!r}: expected name=value")
@@ -127,6 +127,7 @@ def check_settings(s:Settings):
         if not getattr(s, name) > 0: raise ValueError(f"{name}={getattr(s, name)}: expected more than 0")
     for name in 'stage2_epochs', 'warmup_epochs':
         if not getattr(s, name) >= 0: raise ValueError(f"{name}={getattr(s, name)}: expected 0 or more")
+    if s.max_tokens < 3: raise ValueError(f"max_tokens={s.max_tokens}: expected 3 or more, as [CLS] and [SEP] take two")
     check_masking(s.mask_share, s.mask_by)
     if s.freeze_text and s.text_encoder in ENCODERS['text']: raise ValueError(f"freeze_text=True: text_encoder={s.text_encoder} starts from scratch and has to learn; name a folder or a hub id")
     if s.compile and torch.__version__.startswith('2.6.'): raise ValueError(f"compile=True: torch {torch.__version__} cannot translate these encoders; install a newer one")
@@ -157,6 +158,7 @@ def check_corpus(corpus:Corpus, # pairs
     if len(corpus.images) != n: raise ValueError(f"{name}: {len(corpus.images)} images but {n} reports")
     if n < 2: raise ValueError(f"{name}: {n} pairs; contrast needs at least 2")
     if corpus.images.shape[1:] != (s, s): raise ValueError(f"{name}: images of {corpus.images.shape[1:]} pixels, expected ({s}, {s})")
+    check_sentences(corpus.reports, f'{name}: report')
     empty = [i for i, r in enumerate(corpus.reports) if not r]
     if empty: raise ValueError(f"{name}: report {empty[0]} has no sentence ({len(empty)} such); leave these studies out of pre-training")
 
@@ -337,8 +339,8 @@ class BestSinceStart(TrainerCallback):
 # %% ../nbs/core/07_pretraining.ipynb #c033b
 COLLAPSED = .995 # mean cosine of all embeddings, or share of the sentences in one cluster, from which on there is nothing left to tell apart
 
-def mean_cosine(total:Tensor, # sum of unit vectors, (d,)
-                n:int, # how many
+def cosine_of_sum(total:Tensor, # sum of unit vectors, (d,)
+                  n:int, # how many
 )->float: # of all pairs of two; 0 for fewer than two vectors
     "The mean cosine between unit vectors, from their sum."
     return ((total @ total - n) / (n * (n - 1))).item() if n > 1 else 0.
@@ -364,7 +366,7 @@ class Collapse(TrainerCallback):
         self.sums[name] = total + F.normalize(output.detach().float(), dim=-1).sum(0), n + len(output)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        said = {name: f'all {name} are alike (mean cosine {c:.4f})' for name, (total, n) in self.sums.items() if (c := mean_cosine(total, n)) > COLLAPSED}
+        said = {name: f'all {name} are alike (mean cosine {c:.4f})' for name, (total, n) in self.sums.items() if (c := cosine_of_sum(total, n)) > COLLAPSED}
         before, self.counts, self.sums = self.counts, self.clusters(model), {}
         if before is not None and (new := self.counts - before).sum() and new.max() / new.sum() > COLLAPSED: said['clusters'] = f'{new.max()} of {new.sum()} sentences fell into one cluster'
         if said.keys() - self.said.keys(): print(f"collapse after epoch {state.epoch:g}: {'; '.join(sorted(said.values()))}", file=sys.stderr)
@@ -481,7 +483,7 @@ def train_stage(model:CMCGNS, # where to start
     trainer = PairTrainer(model, arguments(settings, epochs, folder, len(train)//settings.batch_size), collate, train, validation,
                           callbacks=[Bar(title), KeepWhole(), BestSinceStart(), *callbacks, Collapse()])
     if settings.freeze_text: read_reports_once(model, folder, train=train, validation=validation)
-    for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     with processes.main_process_first(): start = last_checkpoint(folder)
     with quiet_transformers(), heap_aside(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated') # by a torch that has nothing else for it yet
@@ -502,13 +504,15 @@ def start_stage(stage:int, # 1 or 2
                 vocab_size:int, # entries of the vocabulary
                 folder:Path|None=None, # of the run: stage 2 starts from the best of stage 1, kept there
 )->CMCGNS:
-    "The model a stage starts from."
+    "The model a stage starts from. Raises `ValueError` for reports longer than the text encoder has positions."
     if stage == 1:
         names = {f.name for f in fields(Method)}
         method = Method(**{k: v for k, v in asdict(settings).items() if k in names})
-        return build_model(settings.image_encoder, settings.text_encoder, vocab_size, settings.image_size, method, settings.seed)
+        model = build_model(settings.image_encoder, settings.text_encoder, vocab_size, settings.image_size, method, settings.seed)
+        if settings.max_tokens > (most := model.text_encoder.config.max_position_embeddings): raise ValueError(f"max_tokens={settings.max_tokens}: {settings.text_encoder} has {most} positions")
+        return model
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)
         return next_stage(load_model(folder/'stage1'/'model'), **{k: getattr(settings, k) for k in SECOND_STAGE}).train()
 
 # %% ../nbs/core/07_pretraining.ipynb #d304

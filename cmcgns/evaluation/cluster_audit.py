@@ -33,7 +33,7 @@ from ..data.studies import Meaning, Study, write_atomically
 from ..data.synthetic import same_meaning
 from .classification import draw_values, hold_still, spread
 from ..image import centre_crop, normalise
-from ..model import CMCGNS, load_model, make_contrast, replace_fields
+from ..model import CMCGNS, load_model, make_contrast, part_of, replace_fields
 from ..pretraining import EpochSampler, Settings, start_stage
 from ..processes import alone
 from ..text import clean_words
@@ -352,7 +352,7 @@ def encode_some(model:CMCGNS, tokenize:Callable, images:np.ndarray|None, image_s
     plain, told = report.local[report.exists].float().cpu(), None
     if images is not None:
         pixels = normalise(centre_crop(torch.from_numpy(np.stack([images[i] for i in rows])).to(device), image_size))
-        told = model.attention(report.local, model.encode_images(pixels).local, report.exists)[0][report.exists].float().cpu()
+        told = part_of(model, 'attention')(report.local, model.encode_images(pixels).local, report.exists)[0][report.exists].float().cpu()
     broken = [int(i) for v in (plain, told) if v is not None for i in (~v.isfinite().all(1)).nonzero()[:1]]
     if broken: raise ValueError(f"the sentences of study {studies[rows[which[broken[0]]]].id!r} are not finite: the model is not fit to be audited")
     return Sentences(plain, told, rows[which], place)
@@ -380,11 +380,11 @@ CLUSTERINGS = 'trained', 'cross-modal', 'single-modal', 'none' # the model's own
 def make_clusterings(model:CMCGNS, names:Sequence[str], # of `CLUSTERINGS`
                      changes:Mapping, # of fields of `Method`, for the new ones
 )->list[tuple[dict, ReportContrast, bool]]: # what rows say of it; the contrast to ask; does it learn?
-    "What is to be asked."
+    "What is to be asked. Raises `ValueError` for the clusters of a model that has none."
     method, made = replace_fields(model.config.method, **changes), []
     for name in names:
         check_known('clustering', name, *CLUSTERINGS)
-        contrast = model.contrast if name == 'trained' else make_contrast(replace_fields(method, cluster=name))
+        contrast = part_of(model, 'contrast') if name == 'trained' else make_contrast(replace_fields(method, cluster=name))
         for asks in {'cross-modal': ('sentence', 'clustered'), 'single-modal': ('sentence',), 'none': ('',)}[contrast.cluster]: # a plain sentence is both
             asked = copy.copy(contrast)
             asked.asks = asks

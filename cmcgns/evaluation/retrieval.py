@@ -190,7 +190,9 @@ def embed_reports(model:nn.Module, # a `CMCGNS`, or what encodes reports like on
     with hold_still(model):
         for start in range(0, len(order), batch_size):
             batch = tokenize([list(texts[i]) for i in order[start:start + batch_size]])
-            features.append(model.encode_reports(**{k: v.to(device) for k, v in batch.items()}).whole.float().cpu())
+            whole = model.encode_reports(**{k: v.to(device) for k, v in batch.items()}).whole
+            if whole is None: raise ValueError("this model's objective reads no report as a whole, so reports cannot be compared")
+            features.append(whole.float().cpu())
     return torch.cat(features).numpy()[np.argsort(order)][which]
 
 # %% ../../nbs/evaluation/23_retrieval.ipynb #c043

@@ -26,6 +26,7 @@ from .classification import auroc, bootstrap_interval, draw_values, hold_still, 
 from .retrieval import embed_images, embed_reports, resampled_by
 from .transfer import mask_on_square
 from ..image import centre_crop, normalise
+from ..model import part_of
 from ..text import note_sentences
 
 # %% ../../nbs/evaluation/23a_zero_shot.ipynb #c005
@@ -119,7 +120,7 @@ def image_batches(model:nn.Module, images:np.ndarray, image_size:int, batch_size
 def told_scores(model:nn.Module, tokenize:Callable, images:np.ndarray, image_size:int, asked:Sequence[Mapping[str, list[list[str]]]], batch_size:int=64, # as for `whole_scores`
 )->np.ndarray: # (n, findings)
     "How alike prompts are to themselves told by the image, positive minus negative."
-    rows, weights = [], [] # a sentence a row; what it counts for each finding
+    attention, rows, weights = part_of(model, 'attention'), [], [] # a sentence a row; what it counts for each finding
     for j, p in enumerate(asked):
         for sign, side in (1, 'positive'), (-1, 'negative'):
             found = torch.cat(encode_sentences(model, tokenize, p[side]))
@@ -129,7 +130,7 @@ def told_scores(model:nn.Module, tokenize:Callable, images:np.ndarray, image_siz
     with hold_still(model):
         for _, patches in image_batches(model, images, image_size, batch_size):
             several = x.expand(len(patches), -1, -1) # (b, k, d)
-            told = model.attention(several, patches, torch.ones(several.shape[:2], dtype=torch.bool, device=x.device))[0] # (b, k, d)
+            told = attention(several, patches, torch.ones(several.shape[:2], dtype=torch.bool, device=x.device))[0] # (b, k, d)
             alike.append(F.cosine_similarity(several, told, dim=-1).float().cpu().numpy()) # (b, k)
     return np.concatenate(alike) @ np.concatenate(weights)
 
@@ -180,12 +181,13 @@ def region_scores(model:nn.Module, # a `CMCGNS`
                   exists:Tensor, # which sentences exist, (b, m), bool
                   how:str='attention', # one of `MAPS`
 )->Tensor: # (b, m, p)
-    "A map over the regions for each sentence. Raises `ValueError` for an unknown one."
+    "A map over the regions for each sentence. Raises `ValueError` for an unknown one, and for a model without attention."
     if how not in MAPS: raise ValueError(f"unknown map {how!r}: known are {', '.join(MAPS)}")
     if how == 'cosine': return torch.stack([cosines(s, p) for s, p in zip(sentences, patches)])
-    weights = model.attention.weights(sentences, patches, exists)[0]
+    attention = part_of(model, 'attention')
+    weights = attention.weights(sentences, patches, exists)[0]
     if how == 'attention': return weights
-    return weights * (sentences @ model.attention.patch_qkv(patches).chunk(3, -1)[2].mT)
+    return weights * (sentences @ attention.patch_qkv(patches).chunk(3, -1)[2].mT)
 
 # %% ../../nbs/evaluation/23a_zero_shot.ipynb #c029
 def draw_maps(model:nn.Module, # a `CMCGNS`
