@@ -137,7 +137,14 @@ def test_features_are_computed_once(encoder, tmp_path):
         seen.clear()
         for rows in ([3], [8, 0], range(9)): features.batch(rows)
         assert sum(seen) == 10 # one to learn the shapes
-    assert sorted(p.name for p in tmp_path.glob("maps/*")) == ["maps-0.f32", "maps-1.f32"]
+    assert sorted(p.name for p in tmp_path.glob("maps/*/*")) == ["0.f32", "1.f32"]
+    other = FrozenFeatures(encoder, 255 - images, 64, look, folder=tmp_path / "maps")
+    before = filed.batch([3])
+    other.hold() # of other films in the same folder
+    assert all(torch.equal(a, b) for a, b in zip(before, filed.batch([3]))) and not torch.equal(before[0], other.batch([3])[0])
+    seen.clear()
+    for rows in ([3], [8, 0], [1]): loose.batch(rows)
+    assert sum(seen) == 5 # the shapes are asked for once, also where there is no room
     for rows in ([3], [8, 0]):
         one, two, three = (f.batch(rows) for f in (held, filed, loose))
         for a, b, c in zip(one, two, three): assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-5) and not c.is_inference()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..data.studies import Split, Study
 from ..encoders import ImageEncoder
-from .classification import auroc, draw_values, score_key, spread
+from .classification import auroc, draw_values, spread
 from .transfer import (EncoderHead, FrozenFeatures, HeadSettings, TaskData, boxes_on_square, centre_boxes, feature_pyramid, groups_of, over_fractions,
                                         own_chance, predict, pyramid_widths, train_head, weights_hash)
 
@@ -548,7 +548,7 @@ def evaluate_detection(encoder:ImageEncoder, # frozen, or where each fine-tuning
     def fit(train, validation, test, seed):
         model, log = fit_detector(encoder, data, len(names), settings, train, validation, seed)
         found = detect(model, data, settings, test)
-        return measure([truth[i] for i in test], found, names, groups_of(studies, split, test), settings.published_least, n_bootstrap) | log, pack(found)
+        return measure([truth[i] for i in test], found, names, groups_of(studies, test), settings.published_least, n_bootstrap) | log, pack(found)
     identity = dict(task='detection', settings=asdict(settings), encoder=weights_hash(encoder), image_size=image_size, classes=classes, n_bootstrap=n_bootstrap)
     rows, kept = over_fractions(fit, studies, split, fractions, seeds, np.array([len(t.labels) > 0 for t in truth]), folder, identity, progress, [images, *pack(truth).values()])
     at = {s.id: i for i, s in enumerate(studies)}

@@ -295,7 +295,7 @@ def evaluate_segmentation(encoder:ImageEncoder, # frozen, or where each cell sta
                           n_bootstrap:int=1000, # resamplings of the test patients
                           room:int=2 * 10**9, # bytes of feature maps that may be held in memory
                           progress:bool=True, # show a bar on stderr
-)->tuple[list[dict], dict[str, np.ndarray]]: # a row a fraction and seed; ids, patients, groups, packed truth, and `<score_key> counts` and `<score_key> masks`
+)->tuple[list[dict], dict[str, np.ndarray]]: # a row a fraction and seed; ids, patients, groups, packed truth, size, batch_size, and `<score_key> counts` and `<score_key> masks`
     "Train and test a segmenter for every fraction and seed. Raises `ValueError` where there is nothing to find, or nobody knows."
     if not len(images) == len(studies): raise ValueError(f"{len(images)} images and {len(studies)} studies: give one each")
     settings, part, widths = settings or PROTOCOL, rows_of(studies, split), dict(widths or {})
@@ -304,7 +304,7 @@ def evaluate_segmentation(encoder:ImageEncoder, # frozen, or where each cell sta
     if empty := [k for k in ('train', 'test') if not positive[part[k]].any()]: raise ValueError(f"no study of the part {empty[0]!r} has anything of {', '.join(names)}: nothing can be learned or measured")
     features = None if settings.finetune else FrozenFeatures(encoder, images, image_size, look_for(encoder), room=room)
     data = TaskData(images, image_size, lambda rows: dict(truth=torch.from_numpy(unpack_masks(truth[list(rows)], image_size))), features)
-    groups = groups_of(studies, split, part['test'])
+    groups = groups_of(studies, part['test'])
     def fit(train, validation, test, seed):
         with own_chance(seed): head = make_segmenter(encoder, image_size, **widths)
         model, log = train_head(head, encoder, data, settings, train, validation, seed, look_for(encoder))
@@ -313,8 +313,8 @@ def evaluate_segmentation(encoder:ImageEncoder, # frozen, or where each cell sta
         return segmentation_row(counts, image_size ** 2, groups, settings.batch_size, n_bootstrap) | log, dict(counts=counts.astype(np.int32), masks=masks)
     identity = dict(task='segmentation', settings=asdict(settings), encoder=weights_hash(encoder), image_size=image_size, store_size=images.shape[1], names=list(names), boxes=boxes,
                     widths=widths, n_bootstrap=n_bootstrap)
-    rows, kept = over_fractions(fit, studies, split, fractions, seeds, None if positive[part['train']].all() else positive, folder, identity, progress, [images, truth])
-    return rows, kept | dict(groups=groups, truth=truth[part['test']], size=np.array(image_size))
+    rows, kept = over_fractions(fit, studies, split, fractions, seeds, positive, folder, identity, progress, [images, truth])
+    return rows, kept | dict(groups=groups, truth=truth[part['test']], size=np.array(image_size), batch_size=np.array(settings.batch_size))
 
 # %% ../../nbs/evaluation/22_segmentation.ipynb #c049
 def dice_table(rows:Sequence[Mapping], # from `evaluate_segmentation`
@@ -341,5 +341,6 @@ def compare_segmenters(a:Mapping[str, np.ndarray], # what `evaluate_segmentation
         raise ValueError(f"two test sets of {len(a['ids'])} and {len(b['ids'])} images are not the same: evaluate both encoders on one split, with the same masks")
     keys = [f'{score_key(fraction, seed)} counts' for seed in seeds]
     if missing := [k for k in keys if k not in a or k not in b]: raise ValueError(f"there is nothing of {missing[0].removesuffix(' counts')}: evaluate it first")
-    found = bootstrap_difference(lambda _, counts, w: DICE[average](counts, w), a[keys[0]], [a[k] for k in keys], [b[k] for k in keys], a['groups'], n)
+    dice = partial(dice_published, batch_size=int(a['batch_size'])) if average == 'published' else DICE[average]
+    found = bootstrap_difference(lambda _, counts, w: dice(counts, w), a[keys[0]], [a[k] for k in keys], [b[k] for k in keys], a['groups'], n)
     return dict(fraction=fraction, **dict(zip(('difference', 'low', 'high'), found)))

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.studies import Split, Study, draw_fraction, read_mask
-from ..encoders import ImageEncoder, expand_channels, heap_aside, quiet_transformers
+from ..encoders import ImageEncoder, expand_channels, heap_aside, quiet_transformers, unfreeze
 from .classification import check_labels, describe, hold_still, probe_loss, rows_of, score_key
 from ..image import centre_crop, image_shape, normalise, place
 from ..pretraining import native_precision
@@ -145,10 +144,12 @@ class FrozenFeatures:
                  images:np.ndarray, # stored squares, uint8 (n, S, S)
                  image_size:int, # side of the middle that is seen
                  look:Callable[[ImageEncoder, Tensor], tuple[Tensor, ...]]=feature_pyramid, # encoder and pixels to features
-                 folder:str|os.PathLike|None=None, # hold the maps in files there; in memory if None
+                 folder:str|os.PathLike|None=None, # hold the maps in files of their own there; in memory if None
                  room:int=2 * 10**9, # bytes that may be held; beyond them each batch is computed
                  batch_size:int=64, # images at a time
-    ): self.encoder, self.images, self.image_size, self.look, self.folder, self.room, self.batch_size, self.held = encoder, images, image_size, look, folder, room, batch_size, None
+    ):
+        self.encoder, self.images, self.image_size, self.look, self.folder, self.room, self.batch_size = encoder, images, image_size, look, folder, room, batch_size
+        self.held, self.too_large = None, False # the maps; whether there is no room for them
 
     def compute(self, rows:Sequence[int])->tuple[Tensor, ...]: # float32, where the encoder is
         "Maps of some images."
@@ -159,14 +160,16 @@ class FrozenFeatures:
 
     def hold(self)->bool: # whether all maps are held now
         "Compute all maps, if they fit."
-        if self.held is not None: return True
+        if self.held is not None or self.too_large: return not self.too_large
         shapes = [m.shape[1:] for m in self.compute([0])]
-        if sum(4 * shape.numel() for shape in shapes) * len(self.images) > self.room: return False
+        self.too_large = sum(4 * shape.numel() for shape in shapes) * len(self.images) > self.room
+        if self.too_large: return False
         whole = [(len(self.images), *shape) for shape in shapes]
         if self.folder is None: held = [np.empty(shape, np.float32) for shape in whole]
         else:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
-            held = [np.memmap(Path(self.folder, f"maps-{i}.f32"), np.float32, "w+", shape=shape) for i, shape in enumerate(whole)]
+            place = tempfile.mkdtemp(prefix='maps-', dir=self.folder)
+            held = [np.memmap(Path(place, f"{i}.f32"), np.float32, "w+", shape=shape) for i, shape in enumerate(whole)]
         for start in range(0, len(self.images), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(self.images)))
             for store, maps in zip(held, self.compute(rows)): store[start:start + len(rows)] = maps.cpu().numpy()
@@ -174,7 +177,7 @@ class FrozenFeatures:
         return True
 
     def batch(self, rows:Sequence[int], # positions of images
-    )->tuple[Tensor, ...]: # float32
+    )->tuple[Tensor, ...]: # float32; in main memory where they are held, else where the encoder is
         "Maps of some images, held or computed."
         if not self.hold(): return self.compute(rows)
         return tuple(torch.from_numpy(store[list(rows)]) for store in self.held)
@@ -275,11 +278,11 @@ def train_head(head:nn.Module, # fresh; made within `own_chance(seed)` if the re
     if not len(train_rows) or not len(val_rows): raise ValueError(f"{len(train_rows)} images to learn from and {len(val_rows)} to choose the epoch by: give at least one each")
     if settings.finetune != (data.features is None): raise ValueError("fine-tuning takes pixels and a frozen encoder takes features: give the data `features` exactly if finetune is off")
     if torch.cuda.device_count() > 1: raise ValueError("a head is trained on one GPU so far: set CUDA_VISIBLE_DEVICES=0")
-    model = EncoderHead(head, deepcopy(encoder).requires_grad_() if settings.finetune else None, look).to(memory_format=torch.channels_last)
+    model = EncoderHead(head, unfreeze(deepcopy(encoder)) if settings.finetune else None, look).to(memory_format=torch.channels_last)
     with own_chance(seed), tempfile.TemporaryDirectory() as folder, quiet_transformers(), heap_aside():
         trainer = HeadTrainer(model, head_arguments(settings, seed, folder), data.batch, [int(i) for i in train_rows], [int(i) for i in val_rows],
                               callbacks=[best], optimizers=(make_optimizer(model, settings), None))
-        for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     if best.weights is None: raise ValueError(f"the validation loss was not finite in any of {round(trainer.state.epoch)} epochs: lower the learning rate")
     model.load_state_dict(best.weights)
@@ -357,11 +360,10 @@ def with_stratum(studies:Sequence[Study], # n studies
     return marked, 'stratum' if len(set(map(bool, yes))) == 2 else None
 
 def groups_of(studies:Sequence[Study], # in the order of the positions
-              split:Split, # by patient, by image, or published
               rows:Sequence[int], # positions, usually of the test part
 )->np.ndarray: # what a bootstrap draws, one a position
-    "Whose each study is: the patient's, or its own where images were split."
-    return np.array([studies[i].id if split.by == 'image' else studies[i].patient for i in rows])
+    "The patient of each study."
+    return np.array([studies[i].patient for i in rows])
 
 def over_fractions(fit:Callable, # (train, validation, test positions, seed) -> (dict of numbers, dict of arrays)
                    studies:Sequence[Study], # in the order of the positions
@@ -378,8 +380,9 @@ def over_fractions(fit:Callable, # (train, validation, test positions, seed) -> 
     part, at, rows = rows_of(studies, split), {s.id: i for i, s in enumerate(studies)}, []
     if empty := [k for k, v in part.items() if not len(v)]: raise ValueError(f"the part {empty[0]!r} has no study: make another split")
     marked, names = with_stratum(studies, stratify) if isinstance(stratify, np.ndarray) else (studies, stratify)
+    if names == 'stratum' and len({marked[i].labels['stratum'] for i in part['train']}) == 1: names = None # nothing to stratify by
     kept = {name: np.array([getattr(studies[i], key) for i in part['test']]) for name, key in dict(ids='id', patients='patient').items()}
-    seen = None if folder is None else arrays_hash(*data, groups_of(studies, split, part['test']))
+    seen = None if folder is None else arrays_hash(*data, groups_of(studies, part['test']))
     cells = [(fraction, seed) for fraction in fractions for seed in seeds]
     for fraction, seed in tqdm(cells, 'evaluate', unit='cell', disable=not progress):
         draw = draw_fraction([marked[i] for i in part['train']], fraction, seed, names)
@@ -421,7 +424,7 @@ def evaluate_finetuned_classification(encoder:ImageEncoder, # where each cell st
         with own_chance(seed): head = LinearHead(encoder.width, labels.shape[1], exclusive)
         model, log = train_head(head, encoder, data, settings, train, validation, seed, pooled_feature)
         scores = torch.cat(predict(model, data, test, lambda out: out.float().cpu())).numpy()
-        return describe(labels[test], scores, groups_of(studies, split, test), targets, exclusive, n_bootstrap) | log | dict(solver='finetune'), dict(scores=scores)
+        return describe(labels[test], scores, groups_of(studies, test), targets, exclusive, n_bootstrap) | log | dict(solver='finetune'), dict(scores=scores)
     identity = dict(task='classification', settings=asdict(settings), encoder=weights_hash(encoder), image_size=image_size, targets=list(targets), exclusive=exclusive, n_bootstrap=n_bootstrap)
     rows, kept = over_fractions(fit, studies, split, fractions, seeds, targets, folder, identity, progress, [images, np.asarray(labels)])
     return rows, {k.removesuffix(' scores'): v for k, v in kept.items()} | dict(y=labels[[i for i in rows_of(studies, split)['test']]])

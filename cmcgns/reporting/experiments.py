@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOADED', 'ASKED', 'PARTIAL', 'OWN_PARTS', 'HEADS', 'LABELLED', 'TASKS', 'DATASET_SETTINGS', 'corpus_of', 'sum_once',
            'started_from', 'pretrain_config', 'with_same_stage1', 'pretrain_run', 'settings_of', 'load_run',
-           'untrained', 'model_to_ask', 'Question', 'settle', 'head_settings', 'classify', 'detect', 'segment',
-           'drawn_by', 'retrieve', 'ask_in_words', 'ground', 'audit', 'ask', 'evaluation_config', 'evaluate_run',
+           'untrained', 'model_to_ask', 'Question', 'settle', 'trains_head', 'head_settings', 'classify', 'detect',
+           'segment', 'retrieve', 'ask_in_words', 'ground', 'audit', 'ask', 'evaluation_config', 'evaluate_run',
            'settings_for', 'end_to_end', 'problem_of', 'nearest_preset', 'in_short', 'describe_run']
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c002
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..data.check import find_datasets
-from ..data.studies import Split, label_array
+from ..data.studies import label_array
 from ..encoders import ENCODERS, IMAGE_ENCODERS
 from ..evaluation.classification import evaluate_fractions, extract_features
 from ..evaluation.cluster_audit import evaluate_clusters
@@ -146,14 +146,18 @@ class Question:
         if self.finetune and self.task not in LABELLED: raise ValueError(f"{self.task} trains nothing, so nothing can be fine-tuned: known are {', '.join(LABELLED)}")
 
 def settle(question:Question, problem:Problem)->Question:
-    "The question with the data set's own targets. Raises `ValueError` if it has none for this task."
-    if question.targets or question.task not in LABELLED: return question
+    "The question with the data set's own targets and the published epochs, and without what its task does not read. Raises `ValueError` if it has no targets for this task."
+    if question.task not in LABELLED: return Question(question.task, question.targets)
+    if trains_head(question): question = replace(question, epochs=question.epochs or HEADS[question.task].epochs)
+    if question.targets: return question
     known = problem.targets if question.task == 'classification' else ASKED[question.task].get(problem.key)
     if not known: raise ValueError(f"{problem.name} is not asked for {question.task}: known are {', '.join(ASKED[question.task])}, or name the targets")
     return replace(question, targets=tuple(known))
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c014
 HEADS = dict(classification=HeadSettings(batch_size=48), detection=DetectionSettings(), segmentation=SEGMENTER) # as published
+
+def trains_head(q:Question)->bool: return q.finetune or q.task in ASKED
 
 def head_settings(q:Question, settings:Settings)->HeadSettings:
     "How a head is trained: as published but for what was asked otherwise, and in single precision only if the encoder was."
@@ -177,16 +181,14 @@ def segment(problem, model, tokenize, settings, q, folder):
                                  head_settings(q, settings), folder, boxes=problem.key == 'rsna')
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c015
-def drawn_by(split:Split)->str: return 'image' if split.by == 'image' else 'patient' # what a bootstrap draws
-
 def retrieve(problem, model, tokenize, settings, q, folder):
-    return evaluate_retrieval(model, tokenize, problem.images, settings.image_size, problem.studies, problem.rows('test'), by=drawn_by(problem.split))
+    return evaluate_retrieval(model, tokenize, problem.images, settings.image_size, problem.studies, problem.rows('test'))
 
 def ask_in_words(problem, model, tokenize, settings, q, folder):
-    return evaluate_zero_shot(model, tokenize, problem.images, settings.image_size, problem.studies, q.targets or problem.targets, problem.rows('test'), by=drawn_by(problem.split))
+    return evaluate_zero_shot(model, tokenize, problem.images, settings.image_size, problem.studies, q.targets or problem.targets, problem.rows('test'))
 
 def ground(problem, model, tokenize, settings, q, folder):
-    return evaluate_grounding(model, tokenize, problem.images, settings.image_size, problem.studies, problem.rows('test'), by=drawn_by(problem.split))
+    return evaluate_grounding(model, tokenize, problem.images, settings.image_size, problem.studies, problem.rows('test'))
 
 def audit(problem, model, tokenize, settings, q, folder):
     rows = problem.rows('train', lambda s: bool(s.sentences))
@@ -203,9 +205,9 @@ def ask(question:Question, problem:Problem)->tuple[Question, Problem]:
     return q, problem.only(PARTIAL[q.task][1]) if q.task in PARTIAL and problem.key == PARTIAL[q.task][0] else problem
 
 def evaluation_config(problem:Problem, settings:Settings, trained:str|None, q:Question)->tuple[str, dict]: # the task's name, and what it depends on
-    "What an evaluation depends on; `trained` is the name of the pre-training run, if there is one."
+    "What an evaluation depends on; `trained` is the name of the pre-training run, if there is one. A head's precision is that of the machine, and named."
     encoder = trained or ('random' if settings.image_encoder in IMAGE_ENCODERS else 'initial')
-    return q.task, dict(encoder=encoder, settings=asdict(settings), data=problem_config(problem), question=asdict(q)) | ({} if trained else started_from(settings)) # a trained one has its own weights
+    return q.task, dict(encoder=encoder, settings=asdict(settings), data=problem_config(problem), question=asdict(q)) | (dict(head=asdict(head_settings(q, settings))) if trains_head(q) else {}) | ({} if trained else started_from(settings)) # a trained one has its own weights
 
 def evaluate_run(problem:Problem, # what to evaluate on
                  settings:Settings, # of the encoder
@@ -224,7 +226,7 @@ def evaluate_run(problem:Problem, # what to evaluate on
         np.savez_compressed(folder/'scores.npz', **kept)
         return dict(encoder='pre-trained' if pretrained else config['encoder'], task=task, rows=rows, n=problem.split.counts(),
                     split=dict(problem_config(problem), hash=problem.split.hash, by=problem.split.by), question=asdict(q), settings=asdict(settings), environment=environment(),
-                    **(dict(head=asdict(head_settings(q, settings))) if task in HEADS and (q.finetune or task != 'classification') else {}))
+                    **(dict(head=asdict(head_settings(q, settings))) if trains_head(q) else {}))
     return run_once(runs, task, config, compute)
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c019
