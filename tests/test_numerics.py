@@ -117,7 +117,7 @@ def test_the_length_of_the_padding_is_nothing(exact, extra, seed):
 @given(n=st.integers(1, 7), seed=st.integers(0, 99))
 def test_company_is_nothing_to_an_embedding(exact, n, seed):
     "In evaluation an image and a report are embedded alone as among others, in stage 2 as in stage 1."
-    model, batch = exact.eval(), batch_of(8, seed, torch.float64)
+    model, batch = copy.deepcopy(exact).eval(), batch_of(8, seed, torch.float64)
     text = ("input_ids", "attention_mask", "sentence_ids")
     with torch.no_grad():
         images, reports = model.encode_images(batch["pixel_values"]), model.encode_reports(*(batch[k] for k in text))
@@ -125,16 +125,14 @@ def test_company_is_nothing_to_an_embedding(exact, n, seed):
     assert torch.allclose(alone.whole, images.whole[:n], atol=1e-10) and torch.allclose(alone.local, images.local[:n], atol=1e-10)
     m = told.local.shape[1]
     assert torch.allclose(told.whole, reports.whole[:n], atol=1e-10) and torch.allclose(told.local, reports.local[:n, :m], atol=1e-10)
-    exact.train()
 
 
 @few
 @given(seed=st.integers(0, 99), more=st.integers(1, 4))
 def test_company_is_something_to_the_contrast_and_nothing_to_the_image_loss(exact, seed, more):
     "Negatives come from the batch, so the contrast has to change; patches of a pair know only this pair, so in evaluation the image loss is a mean over pairs."
-    model, batch = first_stage(exact).eval(), batch_of(4 + more, seed, torch.float64)
+    model, batch = copy.deepcopy(first_stage(exact)).eval(), batch_of(4 + more, seed, torch.float64)
     with torch.no_grad():
         whole, first, rest = (model(**{k: v[rows] for k, v in batch.items()}) for rows in (slice(None), slice(4), slice(4, None)))
     assert abs(whole.image_loss - (4 * first.image_loss + more * rest.image_loss) / (4 + more)) < 1e-10
     assert abs(whole.global_loss - first.global_loss) > 1e-6
-    exact.train()

@@ -114,6 +114,7 @@ def compute(folder):
     while len([*Path(sys.argv[1]).glob('computes-*')]) < 2: time.sleep(.01) # as processes that train together do
     return {}
 
+(Path(sys.argv[1])/f'here-{os.environ["RANK"]}').touch()
 print(run_once(Path(sys.argv[1])/'runs', 'pretrain', {}, compute, together=True).folder.name)
 """
 
@@ -130,7 +131,8 @@ def test_processes_wait_for_another_jobs_run_together(tmp_path, found):
     env = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500", PYTHONPATH=os.environ.get("PYTHONPATH", str(Path(__file__).parents[1])))
     with FileLock(folder.with_name(folder.name + ".lock")):
         started = [subprocess.Popen([sys.executable, "-c", TOGETHER, str(tmp_path)], env=env | dict(RANK=str(rank)), stdout=subprocess.PIPE, text=True) for rank in range(2)]
-        time.sleep(8) # both are there
+        while len([*tmp_path.glob("here-*")]) < 2 and all(p.poll() is None for p in started): time.sleep(.1)
+        time.sleep(1) # both have come to the run
         assert all(p.poll() is None for p in started) and not list(tmp_path.glob("computes-*"))
         if found: os.replace(part, folder)
     assert [p.communicate(timeout=60)[0].strip() for p in started] == [folder.name] * 2 and [p.returncode for p in started] == [0, 0]

@@ -105,10 +105,13 @@ def test_a_page_ends_with_whoever_asked_for_it(page, tmp_path, sent):
 def test_a_page_is_told_to_stop_by_another_thread(page, tmp_path):
     page("long", "begin(); import time; time.sleep(300)")
     stop = threading.Event()
-    threading.Timer(.5, stop.set).start()
+    def wait():
+        while not kernels(tmp_path): time.sleep(.1)
+        stop.set()
+    threading.Thread(target=wait, daemon=True).start()
     with pytest.raises(InterruptedError, match="long.ipynb was ended before it was finished"):
         run_page("long", tmp_path / "out", stop=stop)
-    assert gone(tmp_path)
+    assert gone(tmp_path) and list(tmp_path.glob("out/kernel-*"))
 
 
 def test_what_is_no_longer_written_does_not_stay(page, tmp_path):

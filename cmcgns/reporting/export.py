@@ -12,7 +12,6 @@ __all__ = ['RESNETS', 'RESNET_NAMES', 'VITS', 'VIT_NAMES', 'HEADS', 'SENTENCE', 
            'card', 'choose_formats', 'write_weights', 'write_facts', 'export_run']
 
 # %% ../../nbs/reporting/46_export.ipynb #c002
-import hashlib
 import json
 import re
 import shutil
@@ -20,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..encoders import ENCODERS, ImageEncoder, expand_channels, quiet_transformers, some, without_pooler
+from ..files import file_sum
 from ..model import CMCGNS, PUBLISHED, load_model
 from ..pretraining import Settings, save_whole
 from .runs import Run, environment, list_runs
@@ -271,7 +270,7 @@ def result_rows(evaluation:Run, role:str)->tuple[list[dict], int]: # lines of th
 # %% ../../nbs/reporting/46_export.ipynb #c042
 def python(*lines:str)->str: return '\n'.join(['```python', *lines, '```'])
 
-def try_code(e:ImageEncoder, imports:Sequence[str], lines:Sequence[str], channels:bool=True)->str:
+def try_code(e:ImageEncoder, imports:Sequence[str], lines:Sequence[str])->str:
     "A block of code around `lines`, which make `features` of `x`."
     start = ["check = load_file('check.safetensors') # noise, and what this encoder makes of it", f"x = check['pixel_values'].expand(-1, {e.config.num_channels}, -1, -1) # grey, as equal channels, in [-1, 1]"]
     end = "assert (features - check['features']).abs().max() < 1e-3 * check['features'].abs().max()"
@@ -441,9 +440,9 @@ def write_facts(part:Path, source:Source, formats:Sequence[str], left_out:Mappin
     if evaluations: (part/'evaluations').mkdir()
     for e in evaluations:
         (part/'evaluations'/f'{e.folder.name}.json').write_text(json.dumps(without_paths(dict(config=e.config, metrics=e.metrics, environment=e.read('environment'))), indent=1))
-    files = {str(p.relative_to(part)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(part.rglob('*.safetensors'))}
+    files = {p.relative_to(part).as_posix(): file_sum(p) for p in sorted(part.rglob('*.safetensors'))}
     facts = dict(name=source.name, formats=formats, left_out=left_out, **without_paths(source.facts), exported_with=environment(), sha256=files)
-    (part/'export.json').write_text(json.dumps(facts, indent=1, ensure_ascii=False))
+    (part/'export.json').write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding='utf-8')
 
 # %% ../../nbs/reporting/46_export.ipynb #c053
 def export_run(run:Run|str|Path, # a finished pre-training, its folder, or the folder of a model

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback
 
 from ..data.check import find_datasets, is_synthetic
 from ..files import broken_seal
@@ -82,7 +82,7 @@ def again(run:Run, # a finished run
         size = min(settings.batch_size, run.metrics['pairs']['train'])
         pairs = Pairs(corpus_of(problem, 'validation'), tokenizer, settings)
         trainer = PairTrainer(model, arguments(Settings(**{**run.config['settings'], 'batch_size': size}), 1, folder, 1), collate, pairs, pairs)
-        for callback in PrinterCallback, ProgressCallback: trainer.remove_callback(callback)
+        trainer.remove_callback(PrinterCallback)
         now = trainer.evaluate()['eval_loss']
         return dict(validation_loss=min(epochs, key=lambda e: abs(e - now))), dict(validation_loss=now)
     q = Question(**{k: tuple(v) if isinstance(v, list) else v for k, v in run.config['question'].items()})
