@@ -6,11 +6,12 @@
 __all__ = ['RANDOM', 'OURS', 'COMPARED', 'SINGLE', 'MAIN', 'GLOBAL', 'COMPONENTS', 'NEGATIVES', 'CORRECTIONS', 'RECONSTRUCTION',
            'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'HEAD_DRAWS', 'GUESS', 'OTHERWISE',
            'END_TO_END', 'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table',
-           'applies', 'only_arms', 'briefly', 'splits_of', 'Reproduction', 'Job', 'job_of', 'jobs_of', 'all_jobs',
-           'first_guess', 'estimate', 'describe_job', 'names_of', 'describe_plan', 'run_jobs', 'choose_pages',
-           'lacking', 'refuse_stand_ins']
+           'applies', 'only_arms', 'briefly', 'splits_of', 'Reproduction', 'read_reproduction', 'Job', 'job_of',
+           'jobs_of', 'all_jobs', 'first_guess', 'estimate', 'describe_job', 'names_of', 'describe_plan', 'run_jobs',
+           'choose_pages', 'lacking', 'refuse_stand_ins']
 
 # %% ../../nbs/reporting/48_plan.ipynb #c002
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -187,6 +188,16 @@ class Reproduction:
         if key in self.found: return open_problem(self.data_root, self.cache, size, dataset=key, split='published' if DATASETS[key].published else 'ours')
         if self.only_real: raise ValueError(f"{key} is not in {self.data_root}, and --only-real forbids a stand-in; data/README.md tells how to get it")
         return open_problem(stand_in(key, self.cache, STAND_INS.get(self.preset, 400), size), self.cache, size, dataset=key)
+
+# %% ../../nbs/reporting/48_plan.ipynb #c21e
+def read_reproduction(preset:str, data_root:str, runs:str, cache:str, seeds:str|int, only_real:bool, split:str, dataset:str, changes:str, # as in the first cell of a page
+)->Reproduction:
+    "The reproduction that the parameters of a page ask for. Raises `ValueError` for seeds that are no numbers, and changes that are no JSON."
+    try: numbers = tuple(int(s) for s in str(seeds).split(','))
+    except ValueError: raise ValueError(f"seeds={seeds!r}: expected numbers separated by commas, like 42,43") from None
+    try: changed = dict(json.loads(changes))
+    except (TypeError, ValueError): raise ValueError(f"changes={changes!r}: expected JSON like {json.dumps(dict(lr=5e-4))}") from None
+    return Reproduction(preset, data_root or None, runs, cache, numbers, only_real, split, dataset or None, changed)
 
 # %% ../../nbs/reporting/48_plan.ipynb #c023
 @dataclass(frozen=True)
