@@ -315,7 +315,7 @@ def test_bad_requests_and_damaged_sets(tmp_path):
     with pytest.raises(ValueError, match="workers is -1: give at least one process, or None"):
         synthesize(3, tmp_path, workers=-1)
     synthesize(3, tmp_path, size=32)[1].image.unlink()
-    with pytest.raises(ValueError, match="1 of 3 images are missing, synthetic-0-000001.png is the first"):
+    with pytest.raises(ValueError, match="1 images and masks of 3 studies are missing, synthetic-0-000001.png is the first"):
         synthesize(3, tmp_path, size=32)
 
 
