@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOVT', 'MRM', 'KNOWN', 'DEFAULT', 'NAME', 'PARTS', 'ENDING', 'REST', 'HELD_OUT', 'find_split', 'read_list',
            'read_lists', 'match_ids', 'Shared', 'Leak', 'leak', 'Matched', 'choose_train', 'match_split',
-           'read_published_split', 'split_by_image_leaky']
+           'match_published', 'read_published_split', 'split_by_image_leaky']
 
 # %% ../../nbs/data/1a_published_splits.ipynb #c002
 import logging
@@ -164,6 +164,14 @@ def match_split(lists:Mapping[str, Sequence[str]|None], # ids by part; at most o
     return Matched(split, {k: tuple(i for i in v if not found[i]) for k, v in given.items()}, tuple(i for i in others if not rest or HELD_OUT.match(i)), leak(studies, split))
 
 # %% ../../nbs/data/1a_published_splits.ipynb #c022
+def match_published(name_or_path:str|os.PathLike, studies:Sequence[Study], root:str|os.PathLike|None=None, train:str|None=None, # as for `read_published_split`
+)->Matched:
+    "Published lists and a data set, whatever of one is not in the other. Raises `FileNotFoundError` or `ValueError`."
+    if twice := [i for i, n in Counter(s.id for s in studies).items() if n > 1]: raise ValueError(f"study {twice[0]!r} is there twice: ids must be unique")
+    got = match_split(choose_train(read_lists(find_split(name_or_path, root)), train), studies)
+    if empty := [k for k, v in got.split.parts.items() if not v]: raise ValueError(f"{name_or_path}: none of the films of {empty[0]!r} is among the {len(studies):,} studies; the lists are of another data set, or a part of this one was not loaded")
+    return got
+
 def read_published_split(name_or_path:str|os.PathLike, # 'lovt/rsna', 'lovt/siim', 'lovt/object_cxr', 'mrm/chexpert', or a folder with lists
                          studies:Sequence[Study], # the data set, whole
                          root:str|os.PathLike|None=None, # look in here and in its splits/ too; data/splits is looked in anyway
@@ -172,9 +180,7 @@ def read_published_split(name_or_path:str|os.PathLike, # 'lovt/rsna', 'lovt/siim
 )->Split: # 'train', and 'validation' and 'test' as far as there are lists
     "A published split; one line of the log says what it covers and leaks. Raises `FileNotFoundError` or `ValueError`, one sentence that says what does not fit."
     if missing not in ('raise', 'skip'): raise ValueError(f"missing is {missing!r}: known are 'raise' and 'skip'")
-    if twice := [i for i, n in Counter(s.id for s in studies).items() if n > 1]: raise ValueError(f"study {twice[0]!r} is there twice: ids must be unique")
-    got = match_split(choose_train(read_lists(find_split(name_or_path, root)), train), studies)
-    if empty := [k for k, v in got.split.parts.items() if not v]: raise ValueError(f"{name_or_path}: none of the films of {empty[0]!r} is among the {len(studies):,} studies; the lists are of another data set, or a part of this one was not loaded")
+    got = match_published(name_or_path, studies, root, train)
     lacking = [i for v in got.lacking.values() for i in v]
     if missing == 'raise' and (lacking or got.unlisted):
         what = [f"{len(v):,} {text} ({v[0]!r} is one)" for v, text in ((lacking, 'films of the lists are not among the studies'), (got.unlisted, 'studies are in no list')) if v]

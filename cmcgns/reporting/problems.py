@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from ..data.check import DATASETS, find_datasets, is_synthetic, write_layout
 from ..data.chexpert import FIVE
-from ..data.published_splits import choose_train, find_split, leak, match_split, read_lists, read_published_split, split_by_image_leaky
+from ..data.published_splits import find_split, leak, match_published, split_by_image_leaky
 from ..data.studies import Split, Study, fingerprint, split_fold, split_studies
 from ..data.synthetic import FINDINGS, synthesize
 from ..image import build_cache
@@ -127,8 +127,9 @@ def draw_split(key:str, # 'synthetic', or a key of `DATASETS`
     if how == 'image-level': split = split_by_image_leaky(studies, shares, stratify=stratify, seed=seed)
     elif how == 'published': split = complete_split(kind.published(place), studies, by)
     else:
-        print(f"lists {how}: {match_split(choose_train(read_lists(find_split(how, place.parent))), studies)}", file=sys.stderr)
-        split = complete_split(read_published_split(how, studies, root=place.parent, missing='skip'), studies, by) # lists of all views, or a film that cannot be read
+        got = match_published(how, studies, place.parent) # lists may be of all views, and a film may be unreadable
+        print(f"lists {how}: {got}", file=sys.stderr)
+        split = complete_split(got.split, studies, by)
     print(f"split {how}: {leak(studies, split)}", file=sys.stderr)
     return split
 
