@@ -119,6 +119,7 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
                       preset:Preset='laptop', data_root:DataRoot=None, dataset:Dataset=None, split:SplitBy='ours', changes:Changes=[], # noqa: B006
                       seeds:Annotated[str, typer.Option(help="of the pre-trainings")]='42', published:Published=False,
                       only_real:Annotated[bool, typer.Option('--only-real', help="no synthetic stand-in for data that are not there")]=False,
+                      short_heads:Annotated[bool, typer.Option('--short-heads', help="one draw of labels, at most 20 epochs for boxes and 8 for masks, as main takes")]=False,
                       dry_run:Annotated[bool, typer.Option('--dry-run', help="say what would run, and for how long")]=False,
                       at_once:Annotated[int, typer.Option(help="pages that are made at the same time, each with the data in its memory; 0: one a core, at most four")]=0,
                       runs:Runs=Path('runs'), cache:Cache=Path('cache'), results:Annotated[Path, typer.Option(help="folder for pages, tables, figures and the report")]=Path('results')):
@@ -130,7 +131,7 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
     from cmcgns.reporting.problems import choose_dataset
     from cmcgns.reporting.plan import Reproduction, all_jobs, choose_pages, describe_plan, refuse_stand_ins, run_jobs
     check_papermill(); logging.set_verbosity_error(); logging.disable_progress_bar()
-    pages = choose_pages(tables)
+    pages = choose_pages(tables, short_heads)
     if dataset: choose_dataset(data_root, dataset)
     if Path(split).is_dir(): split = str(Path(split).absolute()) # pages work elsewhere
     changed = {k: str(Path(v).absolute()) if k.endswith('encoder') and Path(v).exists() else v for k, v in parse_changes(changes).items()}
@@ -140,11 +141,11 @@ def reproduce_command(tables:Annotated[str, typer.Option(help="main, all, or pag
     jobs = all_jobs(r, pages.values())
     if dry_run: typer.echo(describe_plan(r, jobs)); return
     run_jobs(r, jobs)
-    marks = [r.problem('corpus').name.replace(' ', '-'), preset, f"seed{seeds.replace(',', '-')}", *(['published'] if published else []), *(['brief'] if tables == 'main' else []), *([] if split == 'ours' else [Path(split).name]), *(f'{k}={Path(str(v)).name}' for k, v in changed.items())]
-    show_pages(r, pages, results/'-'.join(marks), tables, at_once)
+    marks = [r.problem('corpus').name.replace(' ', '-'), preset, f"seed{seeds.replace(',', '-')}", *(['published'] if published else []), *(['brief'] if tables == 'main' else ['short-heads'] if short_heads else []), *([] if split == 'ours' else [Path(split).name]), *(f'{k}={Path(str(v)).name}' for k, v in changed.items())]
+    show_pages(r, pages, results/'-'.join(marks), tables, at_once, short_heads or tables == 'main')
 
 # %% ../../nbs/reporting/4b_cli.ipynb #c015
-def show_pages(r, pages, place:Path, tables:str, at_once:int=0):
+def show_pages(r, pages, place:Path, tables:str, at_once:int=0, short:bool=False):
     "Run the pages of a reproduction, write its report, and say where it is."
     from filelock import FileLock
     from cmcgns.reporting.pages import find_page, page_parameters, show_all
@@ -153,7 +154,7 @@ def show_pages(r, pages, place:Path, tables:str, at_once:int=0):
                   dataset=r.dataset or '', changes=json.dumps(r.changes), runs=str(Path(r.runs).absolute()), cache=str(Path(r.cache).absolute()))
     made_from = origins(r, pages)
     def show(name, **how):
-        asked = common | dict(arms='; '.join(a.name for a in pages[name].arms), brief=tables == 'main', results=str((place/name).absolute()))
+        asked = common | dict(arms='; '.join(a.name for a in pages[name].arms), short=short, results=str((place/name).absolute()))
         return find_page(name, place/name, made_from[name], **how, **{k: v for k, v in asked.items() if k in page_parameters(name)})
     settings = dict(pages=', '.join(pages)) | {k: v for k, v in common.items() if k not in ('runs', 'cache', 'data_root')}
     place.mkdir(parents=True, exist_ok=True)

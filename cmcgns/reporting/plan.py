@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RANDOM', 'OURS', 'COMPARED', 'SINGLE', 'MAIN', 'GLOBAL', 'COMPONENTS', 'NEGATIVES', 'CORRECTIONS', 'RECONSTRUCTION',
            'ON_CORPUS', 'CLAIMS', 'TABLES', 'CORPORA', 'STAND_INS', 'HEAD_EPOCHS', 'HEAD_DRAWS', 'GUESS', 'OTHERWISE',
-           'END_TO_END', 'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'BRIEF', 'Arm', 'arm_settings', 'Claim', 'Table',
-           'applies', 'only_arms', 'briefly', 'splits_of', 'Reproduction', 'read_reproduction', 'Job', 'job_of',
+           'END_TO_END', 'ONE_RUN', 'FIGURES', 'PAGES', 'ALONE', 'SHOWN', 'Arm', 'arm_settings', 'Claim', 'Table',
+           'applies', 'only_arms', 'short_heads', 'splits_of', 'Reproduction', 'read_reproduction', 'Job', 'job_of',
            'jobs_of', 'all_jobs', 'first_guess', 'estimate', 'describe_job', 'names_of', 'describe_plan', 'run_jobs',
            'choose_pages', 'lacking', 'refuse_stand_ins']
 
@@ -120,10 +120,10 @@ def only_arms(table:Table, names:str, # separated by semicolons; all if empty
     return table._replace(arms=tuple(known[n] for n in wanted)) if wanted else table
 
 # %% ../../nbs/reporting/48_plan.ipynb #c018
-def briefly(table:Table)->Table: # the random encoder and the whole method; one draw of labels, at most 20 epochs for boxes and 8 for masks
+def short_heads(table:Table)->Table: # one draw of labels, at most 20 epochs for boxes and 8 for masks
     "A table for a first look."
-    short = lambda q: q if q.task == 'classification' else replace(q, seeds=(0,), epochs=8 if q.task == 'segmentation' else 20)
-    return table._replace(arms=tuple(a for a in table.arms if a in (RANDOM, OURS)), asked=tuple((data, short(q)) for data, q in table.asked))
+    short = lambda q: q if q.task not in ASKED else replace(q, seeds=(0,), epochs=8 if q.task == 'segmentation' else 20)
+    return table._replace(asked=tuple((data, short(q)) for data, q in table.asked))
 
 # %% ../../nbs/reporting/48_plan.ipynb #c021
 CORPORA = 'mimic_cxr', 'covid_cxr', 'openi' # with reports; the first that is there is pre-trained on
@@ -293,13 +293,15 @@ ONE_RUN = Table('A figure', (OURS,), ())
 FIGURES = 'figure_training', 'figure_clusters', 'figure_attention', 'figure_reconstruction', 'figure_audit'
 PAGES = dict(end_to_end=END_TO_END, **TABLES, **dict.fromkeys(FIGURES, ONE_RUN))
 ALONE = 'report_statistics', # asks no model
-BRIEF = ('end_to_end', *list(TABLES)[:3], *FIGURES) # shown by default
+SHOWN = ('end_to_end', *list(TABLES)[:3], *FIGURES) # by default
 
 def choose_pages(names:str='main', # 'main', 'all', or names or beginnings of names, separated by commas
+                 short:bool=False, # short heads
 )->dict[str, Table]: # by page
     "Which pages are wanted. Raises `ValueError` for one that is not there."
+    if short: return {k: short_heads(t) for k, t in choose_pages(names).items()}
     if names == 'all': return dict(PAGES)
-    if names == 'main': return {k: PAGES[k] if PAGES[k] in (END_TO_END, ONE_RUN) else briefly(PAGES[k]) for k in BRIEF}
+    if names == 'main': return {k: PAGES[k] if PAGES[k] in (END_TO_END, ONE_RUN) else short_heads(only_arms(PAGES[k], f'{RANDOM.name}; {OURS.name}')) for k in SHOWN}
     found = {}
     for name in (n.strip() for n in names.split(',')):
         here = [k for k in PAGES if k.startswith(name)] if name else []
