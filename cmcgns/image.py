@@ -33,7 +33,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .files import one_line
+from .files import one_line, write_atomically
 
 # %% ../nbs/core/01_image.ipynb #c006
 class ImageError(ValueError):
@@ -321,8 +321,7 @@ def write_journal(folder:Path, file:BinaryIO, done:int, broken:list[list[str]])-
     "Promise what is in `file` by now."
     file.flush()
     os.fsync(file.fileno())
-    (folder / "journal.part").write_text(json.dumps([done, broken]))
-    os.replace(folder / "journal.part", folder / "journal.json")
+    write_atomically(folder / "journal.json", json.dumps([done, broken]))
 
 
 def write_cache(paths:Sequence[str], size:int, folder:Path, on_error:str, progress:bool, every:int=256)->None:

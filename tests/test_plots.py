@@ -167,7 +167,7 @@ def test_points_of_length_zero_and_the_smallest_map():
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = save_figure(draw_method(), tmp_path / "method.png", dpi=40)
     before = path.read_bytes()
-    monkeypatch.setattr(plots.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_figure(draw_method(), path, dpi=30)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["method.png"]

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .mimic_cxr import TITLES, write_image
-from .studies import TORN, Loading, Skipped, Split, Study, draw, open_text, read_rows, split_studies, write_atomically
-from ..files import folders_of
+from .studies import TORN, Loading, Skipped, Split, Study, draw, open_text, read_rows, split_studies
+from ..files import folders_of, write_atomically
 
 # %% ../../nbs/data/15_chexpert.ipynb #c007
 FINDINGS = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion',

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .studies import Box, Loading, Skipped, Study, open_text, read_mask, read_rows, write_atomically
-from ..files import folders_of, is_inside, one_line
+from .studies import Box, Loading, Skipped, Study, open_text, read_mask, read_rows
+from ..files import folders_of, is_inside, one_line, write_atomically
 from ..image import read_image
 from ..text import note_sentences
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from .covid_cxr import SAME_PATIENT
-from .studies import TORN, Loading, Skipped, Split, Study, open_text, split_studies, write_atomically
-from ..files import folders_of
+from .studies import TORN, Loading, Skipped, Split, Study, open_text, split_studies
+from ..files import folders_of, write_atomically
 from ..image import read_image
 
 # %% ../../nbs/data/17_covidx.ipynb #c007

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .studies import Box, Loading, Runs, Skipped, Split, Study, open_text, read_mask, read_rows, split_studies, write_atomically
-from ..files import folders_of
+from .studies import Box, Loading, Runs, Skipped, Split, Study, open_text, read_mask, read_rows, split_studies
+from ..files import folders_of, write_atomically
 from ..image import ImageError, image_shape, read_image
 
 # %% ../../nbs/data/19_object_cxr.ipynb #c007

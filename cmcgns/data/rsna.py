@@ -24,8 +24,8 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from .studies import Box, Loading, Runs, Skipped, Study, read_mask, read_rows, write_atomically
-from ..files import folders_of, one_line
+from .studies import Box, Loading, Runs, Skipped, Study, read_mask, read_rows
+from ..files import folders_of, one_line, write_atomically
 from ..image import dicom_header, image_shape, read_image
 
 # %% ../../nbs/data/16_rsna.ipynb #c006

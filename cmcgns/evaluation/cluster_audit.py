@@ -14,7 +14,6 @@ __all__ = ['RELATIONS', 'CLUSTERINGS', 'METRICS', 'ROW', 'COLUMNS', 'Known', 'sp
 # %% ../../nbs/evaluation/24_cluster_audit.ipynb #c002
 import copy
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -29,9 +28,10 @@ from transformers import TrainerCallback
 from ..alignment import cosines
 from ..clustering import ReportContrast, check_known, mean_cosine
 from ..data.report_statistics import count_repeats
-from ..data.studies import Meaning, Study, write_atomically
+from ..data.studies import Meaning, Study
 from ..data.synthetic import same_meaning
 from .classification import draw_values, hold_still, spread
+from ..files import replacing, write_atomically
 from ..image import centre_crop, normalise
 from ..model import CMCGNS, load_model, make_contrast, part_of, replace_fields
 from ..pretraining import EpochSampler, Settings, start_stage
@@ -548,10 +548,7 @@ def saved_weights(folder:Path, # of a pre-training run
 
 def save_audit(folder:Path, name:str, rows:list[dict], kept:Mapping[str, np.ndarray]):
     "Keep an audit; the rows come last, and with them it counts."
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder/f'{name}.partial.npz'
-    np.savez_compressed(part, **kept)
-    os.replace(part, folder/f'{name}.npz')
+    with replacing(folder/f'{name}.npz') as part, open(part, 'wb') as f: np.savez_compressed(f, **kept)
     write_atomically(folder/f'{name}.json', json.dumps(rows, indent=1))
 
 def audit_training(weights:Iterable[tuple[str, Callable[[], CMCGNS]]], # name, and what loads the model

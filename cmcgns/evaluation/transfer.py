@@ -31,6 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..data.studies import Split, Study, draw_fraction, read_mask
 from ..encoders import ImageEncoder, expand_channels, heap_aside, quiet_transformers, unfreeze
 from .classification import check_labels, describe, hold_still, probe_loss, rows_of, score_key
+from ..files import replacing
 from ..image import centre_crop, image_shape, normalise, place
 from ..pretraining import native_precision
 
@@ -337,14 +338,7 @@ def save_cell(path:Path, # an .npz file
               arrays:Mapping[str, np.ndarray], # what was predicted
 ):
     "Write a finished cell so that no reader ever sees a part of it."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=path.name, suffix='.partial', dir=path.parent)
-    try:
-        with os.fdopen(handle, 'wb') as f: np.savez_compressed(f, **{'row.json': np.array(json.dumps(row))}, **arrays)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    with replacing(path) as part, open(part, 'wb') as f: np.savez_compressed(f, **{'row.json': np.array(json.dumps(row))}, **arrays)
 
 def load_cell(path:Path)->tuple[dict, dict[str, np.ndarray]]:
     "Read a cell back."

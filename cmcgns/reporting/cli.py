@@ -220,7 +220,7 @@ def check_command(root:Annotated[Path, typer.Argument(help="the folder of a data
                   report:Annotated[Optional[Path], typer.Option('--json', help="write the whole report there")]=None):
     "What is there, how much of it, what is missing or broken, and whether anybody stands on two sides."
     from cmcgns.data.check import check_dataset, describe_check, find_datasets
-    from cmcgns.data.studies import write_atomically
+    from cmcgns.files import write_atomically
     found, reports = find_datasets(root), []
     if dataset and dataset not in found: raise ValueError(f"{root}: {dataset} is not there, but {', '.join(found)}")
     for key in [dataset] if dataset else found:
@@ -256,7 +256,7 @@ def bench_command(what:Annotated[str, typer.Argument(help="head, step, methods, 
                   to:Annotated[Optional[Path], typer.Option('--json', help="write everything to this file")]=None):
     "Measure seconds, memory and operations on this machine, beside a slow reference and the machine's own best."
     import torch
-    from cmcgns.data.studies import write_atomically
+    from cmcgns.files import write_atomically
     from cmcgns.reporting.bench import describe
     from cmcgns.reporting.benchmarks import bench
     asked = dict(preset=preset, sizes=sizes and numbers(sizes, int), repeats=repeats, threads=threads, reference=False if no_reference else None, runs=runs)

@@ -15,7 +15,6 @@ __all__ = ['COLOURS', 'MARKERS', 'GREY', 'INK', 'STYLE', 'BOOKKEEPING', 'FINDS',
            'draw_sentence_contrast', 'draw_local_losses', 'draw_rebuilding', 'draw_method']
 
 # %% ../../nbs/reporting/40_plots.ipynb #c002
-import os
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
+
+from ..files import replacing
 
 # %% ../../nbs/reporting/40_plots.ipynb #c006
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#000000')
@@ -103,19 +104,16 @@ def save_figure(fig:Figure, # any figure
 )->Path: # `path`
     "Write a figure to a file, atomically."
     path = Path(path)
-    part = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
-    try:
+    with replacing(path) as part:
         if path.suffix.lower() == '.png': part.write_bytes(render(fig, dpi))
-        else: save_lines(fig, part, dpi)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+        else: save_lines(fig, part, path.suffix.lower(), dpi)
     return path
 
-def save_lines(fig:Figure, path:Path, dpi:int): # .pdf or .svg
+def save_lines(fig:Figure, path:Path, ending:str, dpi:int): # .pdf or .svg
     "Write a figure with letters as letters, and without the time, so that the same figure gives the same bytes."
     times = {'.pdf': 'CreationDate', '.svg': 'Date'}
     with rc_context({'pdf.fonttype': 42, 'svg.hashsalt': 'cmcgns'}):
-        fig.savefig(path, dpi=dpi, bbox_inches='tight', pad_inches=.05, metadata={v: None for k, v in times.items() if k == path.suffix.lower()})
+        fig.savefig(path, format=ending[1:], dpi=dpi, bbox_inches='tight', pad_inches=.05, metadata={v: None for k, v in times.items() if k == ending})
 
 def save_pictures(fig:Figure, # any figure
                   place:str|Path, # a folder; made if it is not there

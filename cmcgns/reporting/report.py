@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from ..data.studies import write_atomically
+from ..files import write_atomically
 from .pages import check_papermill
 
 # %% ../../nbs/reporting/4a_report.ipynb #c005

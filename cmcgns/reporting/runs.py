@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from ..files import one_line, seal, writing
+from ..files import one_line, seal, write_atomically, writing
 
 # %% ../../nbs/reporting/41_runs.ipynb #c005
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ def note_call(part:Path, # an unfinished run, which nobody else works on
         old = json.loads(file.read_text())
         call = dict(calls=old['calls'] + 1, before=old['before'] + max(0, max(changes) - old['began']), began=now, job=this_job())
     except (OSError, ValueError, TypeError, KeyError, RecursionError): call = dict(calls=1 + bool(changes), before=0, began=now, job=this_job()) # the first, or the first of which anything is known
-    new = part/f'{CALLS}.partial'
-    new.write_text(json.dumps(call))
-    os.replace(new, file) # a full disk does not take what is known
+    write_atomically(file, json.dumps(call)) # a full disk does not take what is known
     return call
 
 # %% ../../nbs/reporting/41_runs.ipynb #c112
