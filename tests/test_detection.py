@@ -19,6 +19,7 @@ from cmcgns.evaluation.detection import (ALARMS, ANCHORS, THRESHOLDS, Boxes, Cel
                                          weighted_map, who_stays, yolo_loss)
 from cmcgns.evaluation.transfer import FrozenFeatures, TaskData, own_chance, weights_hash
 from cmcgns.image import fit_square, read_image
+from cmcgns.reporting.results import statistic_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -374,6 +375,8 @@ def test_an_evaluation_repeats_itself_and_leaves_the_encoder_alone(world, kw):
     assert rows == again or np.isnan(rows[0]["value"])
     assert all(np.array_equal(kept[k], kept_again[k]) for k in kept)
     assert states() == before and weights_hash(encoder) == weights and encoder.training
+    for r in rows:
+        assert statistic_of(kept, r)(np.ones((1, r["n_test"]), int))[0] == pytest.approx(r["value"], nan_ok=True), "COCO's own mAP"
     assert rows[0]["n_train"] == 2 and all(len(unpack(kept, score_key(f, 0))) == rows[0]["n_test"] for f in (.05, 1.))
 
 

@@ -11,13 +11,14 @@ from cmcgns.data.rsna import load_rsna
 from cmcgns.data.studies import Box, Split, Study, check_disjoint, read_rows, split_studies
 from cmcgns.data.synthetic import synthesize
 from cmcgns.encoders import ImageEncoder, image_config
-from cmcgns.evaluation.classification import draw_weights, rows_of, score_key
+from cmcgns.evaluation.classification import draw_weights, paired_bootstrap, rows_of, score_key
 from cmcgns.evaluation.segmentation import (
     DICE, PROTOCOL, PUPDecoder, UNetDecoder, baselines, compare_segmenters, count_packed, count_pixels, describe_dice, dice_all, dice_each, dice_pooled, dice_positives,
     dice_published, dice_table, evaluate_segmentation, focal_loss, has_truth, log_dice, look_for, make_segmenter, pack_masks, predict_masks, read_truth, segmentation_loss, unpack_masks,
 )
 from cmcgns.evaluation.transfer import FrozenFeatures, TaskData, own_chance, pyramid_widths, train_head
 from cmcgns.image import centre_crop, fit_square, read_image
+from cmcgns.reporting.results import statistic_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -383,6 +384,10 @@ def test_what_is_kept_gives_every_number_again(encoder, phantoms):
     lines = dice_table(rows).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["20%", "100%", "empty", "full"] and all(k in lines[0] for k in DICE)
     assert compare_segmenters(kept, kept, 1., seeds=(0,)) == dict(fraction=1., difference=0., low=0., high=0.)
+    other = kept | {f"{score_key(1., 0)} counts": kept[f"{score_key(.2, 0)} counts"]}
+    few, many = (next(r for r in rows if r["fraction"] == f) for f in (.2, 1.))
+    found = paired_bootstrap([statistic_of(kept, many)], [statistic_of(kept, few)], kept["groups"])
+    assert found == tuple(compare_segmenters(kept, other, 1., seeds=(0,)).values())[1:] and found[0] == pytest.approx(many["value"] - few["value"])
 
 
 def test_groups_are_patients_however_films_were_split(encoder, phantoms):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'FORGOTTEN', 'SOLVERS', 'hold_still', 'module_of', 'check_features', 'extract_features', 'auroc',
-           'mean_auroc', 'accuracy', 'draw_weights', 'draw_values', 'spread', 'bootstrap_interval',
+           'mean_auroc', 'accuracy', 'draw_weights', 'draw_values', 'spread', 'bootstrap_interval', 'paired_bootstrap',
            'bootstrap_difference', 'Probe', 'probe_loss', 'rotate', 'walk_strengths', 'solve', 'fit_solved',
            'fit_adamw', 'probe_gradient', 'adamw_step', 'lay_batches', 'first_layers', 'BestLayers', 'fit_together',
            'check_labels', 'check_solver', 'fit_probe', 'fit_probes', 'tell_test_labels', 'score_key', 'rows_of',
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -162,6 +163,19 @@ def bootstrap_interval(metric:Callable, # `auroc`, `mean_auroc`, `accuracy`: of 
     return spread(draw_values(lambda w: metric(y, scores, w), len(y) if groups is None else groups, n, seed), level)
 
 # %% ../../nbs/evaluation/20_classification.ipynb #c038
+def paired_bootstrap(mine:Sequence[Callable[[np.ndarray], np.ndarray]], # statistics of weighted studies, one a training or draw: weights (draws, n) to values (draws,)
+                     theirs:Sequence[Callable[[np.ndarray], np.ndarray]], # the same of the other encoder
+                     groups:Sequence, # whose each study is, (n,)
+                     n:int=1000, # resamplings
+                     seed:int=0, # of the bootstrap
+                     level:float=.95, # of the interval
+)->tuple[float, float, float]: # how much greater the mean of mine is, and the low and high end of its interval; NaN where it is undefined
+    "The difference of any two statistics of the same studies."
+    if not len(groups): return np.nan, np.nan, np.nan
+    mean = lambda several, w: np.mean([of(w) for of in several], 0)
+    difference = lambda w: mean(mine, w) - mean(theirs, w)
+    return float(difference(np.ones((1, len(groups)), int))[0]), *spread(draw_values(difference, groups, n, seed, room=200_000), level)
+
 def bootstrap_difference(metric:Callable, # of labels, scores and weights
                          y:np.ndarray, # labels, (n,) or (n, k)
                          scores_a:Sequence[np.ndarray], # one array like `y` for each label seed
@@ -176,10 +190,8 @@ def bootstrap_difference(metric:Callable, # of labels, scores and weights
     if wrong := [np.shape(s) for s in [*scores_a, *scores_b] if np.shape(s) != y.shape]:
         raise ValueError(f"scores have the shape {wrong[0]} and labels {y.shape}: give a list of score arrays, one for each label seed")
     if groups is not None and len(groups) != len(y): raise ValueError(f"{len(groups)} groups for {len(y)} studies: give one each")
-    mean = lambda several, w: np.mean([metric(y, s, w) for s in several], 0)
-    difference = lambda w=None: mean(scores_a, w) - mean(scores_b, w)
-    values = draw_values(difference, len(y) if groups is None else groups, n, seed) if len(y) else np.array([])
-    return float(difference()), *spread(values, level)
+    of = lambda scores: [partial(metric, y, s) for s in scores]
+    return paired_bootstrap(of(scores_a), of(scores_b), np.arange(len(y)) if groups is None else groups, n, seed, level)
 
 # %% ../../nbs/evaluation/20_classification.ipynb #c042
 @dataclass(frozen=True, eq=False)

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['FEW', 'SIGNS', 'OF_AUDITS', 'runs_of', 'fold_of', 'rows_of_runs', 'over_folds', 'cell', 'tested', 'counted',
-           'labelled_row', 'labelled_table', 'paired', 'signed', 'differences', 'difference_row', 'both_of', 'by_data',
-           'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict', 'deciding', 'count_ahead',
-           'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table', 'published_file', 'published_rows',
-           'latex', 'save_table', 'describe_split', 'describe_origin', 'describe_heads', 'save_result']
+           'labelled_row', 'labelled_table', 'statistic_of', 'paired', 'signed', 'differences', 'difference_row',
+           'both_of', 'by_data', 'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict',
+           'deciding', 'count_ahead', 'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table',
+           'published_file', 'published_rows', 'latex', 'save_table', 'describe_split', 'describe_origin',
+           'describe_heads', 'save_result']
 
 # %% ../../nbs/reporting/49_results.ipynb #c002
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.classification import bootstrap_difference, score_key
+from ..evaluation.classification import paired_bootstrap, score_key
+from ..evaluation.detection import rank, unpack, weighted_map
+from ..evaluation.segmentation import dice_positives
 from .experiments import ASKED, Question
 from .plan import Reproduction, Table, applies, job_of
 from .runs import Run
@@ -79,17 +83,25 @@ def labelled_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:st
             for arm in table.arms if (runs := runs_of(r, found, arm, data, q))]
 
 # %% ../../nbs/reporting/49_results.ipynb #c016
+def statistic_of(kept:Mapping[str, np.ndarray], # what an evaluation kept
+                 row:Mapping, # one of its rows
+)->Callable[[np.ndarray], np.ndarray]: # weights of the test films (draws, n) to values (draws,)
+    "The metric of a row, of resampled films."
+    key = score_key(row['fraction'], row['seed'])
+    if row['metric'] == 'mAP': return partial(weighted_map, rank(unpack(kept), unpack(kept, key), len(kept['classes'])))
+    if row['metric'] == 'dice positives': return partial(dice_positives, kept[f'{key} counts'])
+    return partial(METRICS[row['metric']], kept['y'], kept[key])
+
 def paired(mine:Sequence[Run], theirs:Sequence[Run], fraction:float)->tuple[float, float, float]: # of one fold
     "The difference of two arms on the same test films, and its interval. Raises `ValueError` if they are not the same."
     rows = by_fraction(mine[0].metrics['rows'])[fraction]
     a, b = ([dict(np.load(run.folder/'scores.npz')) for run in runs] for runs in (mine, theirs))
     for run, x in zip([*mine, *theirs], a + b):
         if not np.array_equal(x['ids'], a[0]['ids']): raise ValueError(f"{run.folder.name} was tested on other films than {mine[0].folder.name}: give runs of one split")
-    keys, metric = [score_key(fraction, x['seed']) for x in rows], METRICS[rows[0]['metric']]
-    return bootstrap_difference(metric, a[0]['y'], [x[k] for x in a for k in keys], [x[k] for x in b for k in keys], a[0]['patients'], 1000)
+    return paired_bootstrap(*([statistic_of(x, row) for x in kept for row in rows] for kept in (a, b)), a[0]['patients'])
 
 def signed(d:float, low:float, high:float)->str: # a star where the interval leaves zero out
-    return f'{d:+.3f} [{low:+.3f}, {high:+.3f}]' + (' *' if low > 0 or high < 0 else '')
+    return f'{d:+z.3f} [{low:+z.3f}, {high:+z.3f}]' + (' *' if round(low, 3) > 0 or round(high, 3) < 0 else '')
 
 def differences(mine:Sequence[Run], theirs:Sequence[Run])->dict[float, tuple[float, float, float]]: # share of the labels -> difference, low and high end
     "One arm minus another, fold by fold on the same test films, under the same seeds."
@@ -144,7 +156,7 @@ FEW = 100 # labelled films, with fewer of which one training decides nothing
 def verdict(intervals:Sequence[tuple[float, float]], # low and high end of the difference, one a share of the labels
 )->str:
     "Whether a claim holds, in words."
-    above, below = any(low > 0 for low, _ in intervals), any(high < 0 for _, high in intervals)
+    above, below = any(round(low, 3) > 0 for low, _ in intervals), any(round(high, 3) < 0 for _, high in intervals) # as a table shows them
     if above and below: return 'depends on the share of labels'
     return 'holds' if above else 'the opposite holds' if below else 'cannot be told'
 
@@ -157,11 +169,11 @@ def count_ahead(mine:Sequence[Run], theirs:Sequence[Run])->int: # of as many tra
     def value(run): groups = by_fraction(run.metrics['rows']); return known_mean(x['value'] for x in groups[max(groups)])
     return sum(value(a) > value(b) for a, b in zip(mine, theirs))
 
-def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table)->list[dict]: # a row a claim and data set; those whose rows are there
+def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:str='classification')->list[dict]: # a row a claim and data set; those whose rows are there
     "What the table was made to decide, and what it says."
     arms, out = {a.name: a for a in table.arms}, []
     for claim in (c for c in table.claims if {c.better, c.than} <= arms.keys()):
-        for name, mine, theirs in both_of(r, found, table, arms[claim.better], arms[claim.than]):
+        for name, mine, theirs in both_of(r, found, table, arms[claim.better], arms[claim.than], task):
             ends = differences(mine, theirs)
             row, ahead = difference_row(name, {'claim': claim.says}, mine, ends), f'{count_ahead(mine, theirs)} of {len(mine)}'
             out.append(row | {'ahead': ahead, 'verdict': verdict([ends[f][1:] for f in deciding(mine)]) + (', one training' if len(mine) == 1 else '')})
