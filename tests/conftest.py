@@ -29,3 +29,10 @@ def cmcgns(*args, cwd, timeout=600, **kwargs):
 def run_cmcgns(tmp_path):
     "The command line in an empty folder."
     return partial(cmcgns, cwd=tmp_path)
+
+
+def one_sentence(error):
+    "What an error of `pytest.raises` says, which is one sentence."
+    text = str(error.value)
+    assert "\n" not in text and text.count(". ") == 0 and len(text) < 600, text
+    return text

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import one_sentence
 from cmcgns.data.chexpert import (
     FINDINGS, FIVE, MISSING, PUBLISHED, UNCERTAIN, find_chexpert, find_patients, find_tables, list_films, load_chexpert, name_films, published_chexpert, read_path, replay_published_split,
     scan_chexpert, split_chexpert, write_chexpert,
@@ -357,12 +358,6 @@ def test_the_log_has_one_line(tree, caplog):
 
 
 # broken trees
-
-
-def one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.count(". ") == 0 and len(text) < 600, text
-    return text
 
 
 def test_a_missing_film(tree):

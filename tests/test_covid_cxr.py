@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import one_sentence
 from cmcgns.data.covid_cxr import (
     BOXES, MASKS, SAME_PATIENT, SEVERITY, box_lungs, find_covid_cxr, join_patients, load_covid_cxr, make_header, read_lung_boxes, read_severity, read_table, scan_covid_cxr, split_findings, write_covid_cxr,
 )
@@ -349,12 +350,6 @@ def make_clone(root, rows, header=HEADER, images=("a.png", "b.png")):
 
 
 ROW = "1,COVID-19,PA,X-ray,images,a.png,Clear lungs.\n"
-
-
-def one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.count(". ") == 0, text
-    return text
 
 
 def test_no_folder_no_table_no_column(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import one_sentence
 from cmcgns.data.covid_cxr import SAME_PATIENT
 from cmcgns.data.covidx import (
     SLIPS, THREE, choose_lists, count_slips, find_covidx, find_lists, give_class, load_covidx, published_covidx, read_line, read_list, read_lists, scan_covidx, write_covidx,
@@ -202,12 +203,6 @@ def make(root, train=TRAIN, test=TEST, version="_COVIDx9A", images="abc"):
     for name in images:
         Image.new("L", (8, 8)).save(root / ("test" if name == "c" else "train") / f"{name}.png")
     return root
-
-
-def one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.count(". ") == 0 and len(text) < 700, text
-    return text
 
 
 def test_versions(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import one_sentence
 from cmcgns.data.mimic_cxr import (BLANK, LABELS, METADATA, TITLES, UNCERTAIN, compose_report, cut_sections, extract_sections, find_headings, find_mimic_cxr,
                                    find_report, load_mimic_cxr, mend_numbers, published_mimic_cxr, read_labels, scan_mimic_cxr, section_sentences, set_lines, write_mimic_cxr)
 from cmcgns.data.studies import Study, check_disjoint, label_array, select
@@ -197,12 +198,6 @@ def make_tree(root, images, texts=REPORT, labels=(), split=None):
         (folder / f"{r['dicom_id']}.jpg").write_bytes(b"not opened by the loader")
         folder.with_suffix(".txt").write_bytes(texts)
     return root
-
-
-def one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.count(". ") == 0, text
-    return text
 
 
 def reasons(found):

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
+from conftest import one_sentence
 from cmcgns.data.openi import (FRONTAL, HEADINGS, LARGEST, LATERAL, LIST, TABLE, count_sections, find_openi, find_reports, heading, image_key,
                                label_reports, load_openi, open_reports, parse_report, read_reports, read_views, scan_openi, tell_views, write_openi)
 from cmcgns.data.studies import check_disjoint, read_rows, split_studies
@@ -129,12 +130,6 @@ def test_the_real_images_are_asked_for(home):
 
 
 # trees made here
-
-def one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.count(". ") == 0, text
-    return text
-
 
 def make_xml(n, findings="The lungs are clear.", impression="No acute disease.", major=("normal",), images=None, head='<?xml version="1.0" encoding="utf-8"?>'):
     films = "".join(f'<parentImage id="{i}"/>' for i in ([f"CXR{n}_IM-{n:04d}-1001"] if images is None else images))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import one_sentence
 from cmcgns.data.chexpert import load_chexpert, read_path, replay_published_split
 from cmcgns.data.published_splits import (
     KNOWN, choose_train, find_split, leak, match_ids, match_split, read_list, read_lists, read_published_split, split_by_image_leaky,
@@ -141,12 +142,6 @@ def make_lists(folder, ending=".csv", **parts):
 
 def studies(names, patients=None):
     return [Study(n, Path(n), p) for n, p in zip(names, patients or names)]
-
-
-def one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.count(". ") == 0, text
-    return text
 
 
 def test_names_are_looked_up_below_the_folders_given(tmp_path, monkeypatch):

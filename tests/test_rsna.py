@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from conftest import one_sentence
 from cmcgns.data.rsna import (CLASSES, IMAGES, PEOPLE, SIZE, TABLE, box_runs, boxes_mask, common_size, find_rsna, list_images, load_rsna, native_size, read_views,
                               scan_rsna, unite_runs, write_dicom, write_rsna)
 from cmcgns.data.studies import Box, Study, check_disjoint, fingerprint, load_studies, read_mask, save_studies, split_studies
@@ -194,12 +195,6 @@ def make_tree(root, rows, header=HEADER, images="ab", ending=".dcm"):
         image = np.full(SIZE, 90, np.uint8)
         write_dicom(image, root / IMAGES / f"{name}.dcm", name) if ending == ".dcm" else Image.fromarray(image).save(root / IMAGES / f"{name}{ending}")
     return root
-
-
-def one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.count(". ") == 0, text
-    return text
 
 
 def test_no_folder_no_table_no_column(tmp_path):

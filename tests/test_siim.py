@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from conftest import one_sentence
 from cmcgns.data.rsna import write_dicom
 from cmcgns.data.siim import (TABLES, decode_rle, encode_rle, find_runs, find_siim, load_siim, read_headers, scan_siim, split_rows_as_published, torn_images,
                               write_siim)
@@ -286,12 +287,6 @@ def make_tree(root, rows, header=HEADER, images=("a", "b"), table="train-rle.csv
     root.mkdir(exist_ok=True)
     (root / table).write_bytes((header + rows).encode())
     return root
-
-
-def one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text and text.count(". ") == 0, text
-    return text
 
 
 MASK = "a,1049 100 924 100\n"
