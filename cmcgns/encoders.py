@@ -330,7 +330,8 @@ def in_parts(module:nn.Module, # what embeds
              *rows:Tensor|None, # of the batch
 ): # what `embed` gives for all rows
     "Embed a few rows at a time, and once more for the gradient, so that only a few rows' activations are held."
-    if not (at_once and len(rows[0]) > at_once and torch.is_grad_enabled()): return embed(*rows)
+    if not (at_once and len(rows[0]) > at_once): return embed(*rows)
+    parts = [[None if t is None else t[i:i + at_once] for t in rows] for i in range(0, len(rows[0]), at_once)]
+    if not torch.is_grad_enabled(): return join([embed(*part) for part in parts])
     again = lambda: (nullcontext(), norms_at_rest(module))
-    cuts = range(0, len(rows[0]), at_once)
-    return join([checkpoint(embed, *(None if t is None else t[i:i + at_once] for t in rows), use_reentrant=False, context_fn=again) for i in cuts])
+    return join([checkpoint(embed, *part, use_reentrant=False, context_fn=again) for part in parts])

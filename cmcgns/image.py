@@ -6,9 +6,9 @@
 __all__ = ['NOT_NOW', 'MORE_DECODERS', 'VERSION', 'ImageError', 'ImageNotRead', 'naming', 'stretch', 'by_value', 'grey_levels',
            'shown_range', 'show_values', 'dicom_levels', 'open_dicom', 'decode_dicom', 'dicom_header', 'read_image',
            'image_shape', 'place', 'fit_square', 'read_index', 'ImageCache', 'decode_square', 'decode_squares',
-           'cache_key', 'read_journal', 'write_journal', 'write_cache', 'lock_cache', 'build_cache', 'normalise',
-           'denormalise', 'check_input', 'centre_crop', 'mix', 'uniforms', 'crop_at', 'zoom_at', 'jitter_levels',
-           'augment']
+           'cache_key', 'read_journal', 'write_journal', 'write_cache', 'lock_cache', 'build_cache', 'ImageRows',
+           'normalise', 'denormalise', 'check_input', 'centre_crop', 'mix', 'uniforms', 'crop_at', 'zoom_at',
+           'jitter_levels', 'augment']
 
 # %% ../nbs/core/01_image.ipynb #c002
 import errno
@@ -383,6 +383,16 @@ def build_cache(paths:Iterable[str|Path], # image files; one that is named twice
     cache = ImageCache(home)
     if cache.broken and on_error == "raise": raise ImageError(": ".join(cache.broken[0]))
     return cache
+
+# %% ../nbs/core/01_image.ipynb #c47b
+class ImageRows:
+    "Some rows of an array that may lie in a file, like an array of their own, but read one by one."
+    def __init__(self, images:np.ndarray, # (n, s, s)
+                 rows:Sequence[int], # positions, in the order wanted
+    ): self.images, self.rows, self.dtype, self.shape = images, np.asarray(rows, int), images.dtype, (len(rows), *images.shape[1:])
+
+    def __len__(self)->int: return len(self.rows)
+    def __getitem__(self, i)->np.ndarray: return self.images[self.rows[i]] # an index, a slice or a list of them
 
 # %% ../nbs/core/01_image.ipynb #c049
 def normalise(images:Tensor, # uint8, (b, s, s)

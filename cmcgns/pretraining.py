@@ -8,7 +8,8 @@ __all__ = ['PRESETS', 'CHOICES', 'POSITIVE', 'COLLAPSED', 'Settings', 'native_pr
            'tell_fault', 'LossTrainer', 'PairTrainer', 'evaluate_batches', 'Bar', 'remove_checkpoint', 'KeepWhole',
            'last_checkpoint', 'BestSinceStart', 'cosine_of_sum', 'Collapse', 'save_whole', 'spare_cores',
            'compile_encoders', 'arguments', 'join_processes', 'TokenFeatures', 'write_features', 'read_reports_once',
-           'train_stage', 'make_tokenizer', 'start_stage', 'save_stage', 'first_stage', 'pretrain']
+           'train_stage', 'make_tokenizer', 'start_stage', 'save_stage', 'clear_stage', 'first_stage', 'begun',
+           'check_machine', 'pretrain']
 
 # %% ../nbs/core/07_pretraining.ipynb #c002
 import json
@@ -38,7 +39,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .alignment import full_precision
 from .encoders import ENCODERS, TextEncoder, feature_grid, freeze, heap_aside, image_config, quiet_transformers
 from .files import broken_seal, check_seal, seal, writing
-from .image import augment, centre_crop, normalise
+from .image import ImageRows, augment, centre_crop, normalise
 from .model import CMCGNS, SECOND_STAGE, Method, build_model, embed_at_once, find_sentences, load_model, next_stage, replace_fields
 from .objectives import OBJECTIVES, find_objective, number_words, read_options, read_value
 from .processes import add_up, n_processes, share_norms
@@ -144,7 +145,7 @@ def check_settings(s:Settings):
 # %% ../nbs/core/07_pretraining.ipynb #c016
 class Corpus(NamedTuple):
     "Image-report pairs."
-    images: np.ndarray # grey, uint8, (n, s, s); may be memory-mapped
+    images: np.ndarray|ImageRows # grey, uint8, (n, s, s); may be memory-mapped
     reports: Sequence[Sequence[str]] # the sentences of each
     ids: Sequence[str] = () # what the pairs are called in messages; their numbers if not given
 
@@ -279,10 +280,12 @@ class PairTrainer(LossTrainer):
 # %% ../nbs/core/07_pretraining.ipynb #d301
 def evaluate_batches(trainer:PairTrainer, batches)->list[dict[str, float]]: # of all processes: pairs `n`, the loss and its terms
     "The losses of validation batches, without touching those of training."
-    kept, trainer.steps, sizes = trainer.steps, [], []
+    kept, trainer.steps, sizes, current = trainer.steps, [], [], [torch.cuda.current_device()] if torch.cuda.is_available() else []
     for inputs in batches:
         inputs = trainer._prepare_inputs(inputs)
-        with trainer.compute_loss_context_manager(): trainer.compute_loss(trainer.model, inputs)
+        with torch.random.fork_rng(current), trainer.compute_loss_context_manager():
+            torch.manual_seed(trainer.args.seed + int(inputs['keys'][0])) # what is hidden in evaluation, if anything is, is the same in each epoch
+            trainer.compute_loss(trainer.model, inputs)
         sizes.append(len(inputs['pixel_values']))
     own = [dict(zip(trainer.names, terms.tolist()), n=n) for n, (terms, _, _) in zip(sizes, trainer.steps)]
     trainer.steps = kept
@@ -325,16 +328,27 @@ def last_checkpoint(folder:Path, # a stage's folder
     for c in Path(folder).glob('checkpoint-*'):
         wrong = broken_seal(c) if (c/'complete').exists() else 'not whole'
         if not wrong: whole.append(c); continue
-        if wrong != 'not whole': print(f"{c}: {wrong}; it is deleted, and the one before goes on", file=sys.stderr)
+        if wrong != 'not whole': print(f"{c}: {wrong}; it is deleted, and the newest whole one goes on", file=sys.stderr)
         remove_checkpoint(c)
     return max(whole, key=lambda c: int(c.name.split('-')[1]), default=None)
 
 # %% ../nbs/core/07_pretraining.ipynb #c033
 class BestSinceStart(TrainerCallback):
     "Forget the best epoch when the losses before and after cannot be compared."
-    def on_train_begin(self, args, state, control, model=None, **kwargs): self.phase = model.objective.phase()
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.phase = model.objective.phase()
+        if state.best_global_step and state.best_model_checkpoint is None: self.find_best(args, state)
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if (phase := model.objective.phase()) != self.phase: state.best_metric, self.phase = None, phase
+
+    def find_best(self, args, state):
+        "Where the best checkpoint is, if the folder was moved; if it is lost, the newest is the best that is left."
+        here = lambda: Path(args.output_dir)/f'checkpoint-{state.best_global_step}'
+        if not here().is_dir():
+            if args.load_best_model_at_end: print(f"{here()}: the best epoch so far is lost, so the best of those from step {state.global_step} on is kept", file=sys.stderr)
+            state.best_global_step = state.global_step
+            state.best_metric = next((row['eval_loss'] for row in reversed(state.log_history) if 'eval_loss' in row), None)
+        state.best_model_checkpoint = str(here())
 
 # %% ../nbs/core/07_pretraining.ipynb #c033b
 COLLAPSED = .995 # mean cosine of all embeddings, or share of the sentences in one cluster, from which on there is nothing left to tell apart
@@ -389,7 +403,8 @@ def save_whole(folder:Path, # appears at once, or not at all
 # %% ../nbs/core/07_pretraining.ipynb #d601
 def spare_cores()->int:
     "How many processes make batches ahead: none on a CPU, which has nothing to spare; they do not change a batch, which depends on its keys alone."
-    return min(8, (os.cpu_count() or 1) // 2 // n_processes()) if torch.cuda.is_available() else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(8, cores // 2 // int(os.environ.get('LOCAL_WORLD_SIZE', 1))) if torch.cuda.is_available() else 0
 
 def compile_encoders(model:CMCGNS, backend:str='inductor', # of torch.compile
 )->CMCGNS: # the same model, its weights under the same names
@@ -411,7 +426,7 @@ def arguments(settings:Settings, # of the run
         gradient_accumulation_steps=s.accumulate, learning_rate=s.lr, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
         lr_scheduler_type='cosine', warmup_steps=min(s.warmup_epochs, epochs/2) * math.ceil(steps/s.accumulate), optim='adamw_torch_fused', seed=s.seed, data_seed=s.seed,
         bf16=s.precision == 'bf16', fp16=s.precision == 'fp16', eval_strategy='epoch', save_strategy='epoch', 
-        load_best_model_at_end=s.keep == 'best', metric_for_best_model='eval_loss', greater_is_better=False, logging_steps=max(1, steps//5),
+        load_best_model_at_end=s.keep == 'best', metric_for_best_model='eval_loss', greater_is_better=False, logging_steps=max(1, math.ceil(steps/s.accumulate)//5),
         logging_nan_inf_filter=False, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
         prediction_loss_only=True, remove_unused_columns=False, report_to='none', disable_tqdm=True,
         dataloader_num_workers=spare_cores(), dataloader_persistent_workers=spare_cores() > 0, dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available())
@@ -488,7 +503,9 @@ def train_stage(model:CMCGNS, # where to start
     with quiet_transformers(), heap_aside(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated') # by a torch that has nothing else for it yet
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-    return trainer.model.eval(), trainer.state.log_history
+    state, log = trainer.state, trainer.state.log_history
+    log[-1]['kept_step'] = state.best_global_step if settings.keep == 'best' and state.best_model_checkpoint else state.global_step
+    return trainer.model.eval(), log
 
 # %% ../nbs/core/07_pretraining.ipynb #c039
 def make_tokenizer(settings:Settings, # of the run
@@ -519,9 +536,12 @@ def start_stage(stage:int, # 1 or 2
 def save_stage(place:Path, # of the stage
                model:CMCGNS, log:list[dict], # what it ended with
 ):
-    "Keep the model and the log, let the checkpoints go."
+    "Keep the model and the log."
     def write(part): model.save_pretrained(part); (part/'log.json').write_text(json.dumps(log))
     with quiet_transformers(): save_whole(place/'model', write)
+
+def clear_stage(place:Path):
+    "Let go of what a finished stage needs no more."
     for c in place.glob('checkpoint-*'): remove_checkpoint(c)
     for c in place.glob('features-*'): shutil.rmtree(c)
 
@@ -532,6 +552,14 @@ def first_stage(settings:Settings)->Settings:
     return settings if own else replace_fields(settings, stage2_epochs=0, **{k: getattr(Method, k) for k in SECOND_STAGE})
 
 # %% ../nbs/core/07_pretraining.ipynb #c041
+def begun(place:Path)->bool: # a stage's folder
+    "Whether there is something to go on from, or nothing left to do."
+    return (place/'model').exists() or any(place.glob('checkpoint-*'))
+
+def check_machine(settings:Settings):
+    "Refuse what this machine would compute otherwise without a word. Raises `ValueError`."
+    if settings.precision == 'fp16' and not torch.cuda.is_available(): raise ValueError("precision=fp16 needs a GPU, and none is here: give precision=auto (--set precision=auto), which takes what the processor computes by itself")
+
 def pretrain(settings:Settings, # what to do
              train:Corpus, # pairs to learn from
              validation:Corpus, # pairs that choose the best epoch
@@ -541,11 +569,11 @@ def pretrain(settings:Settings, # what to do
 )->tuple[CMCGNS, dict]: # the best stage-2 model (stage 1's, if stage 2 has no epochs); the log of each stage
     "Pre-train in two stages; models, tokenizer and logs stay in `folder`."
     folder, processes = Path(folder), join_processes()
-    check_settings(settings)
+    check_settings(settings); check_machine(settings)
     check_corpus(train, settings, 'training'); check_corpus(validation, settings, 'validation')
     with processes.main_process_first():
         if not (folder/'tokenizer').exists(): save_whole(folder/'tokenizer', make_tokenizer(settings, train.reports).save_pretrained)
-        if start and not (folder/'stage1').exists():
+        if start and not begun(folder/'stage1'):
             check_seal(ready := Path(start)/'stage1'/'model')
             save_whole(folder/'stage1'/'model', partial(shutil.copytree, ready, dirs_exist_ok=True))
     check_seal(folder/'tokenizer')
@@ -556,8 +584,10 @@ def pretrain(settings:Settings, # what to do
         if not (place/'model').exists():
             model, log = train_stage(start_stage(stage, settings, len(tokenizer), folder), Pairs(train, tokenizer, settings),
                                      Pairs(validation, tokenizer, settings), settings, epochs, place, f'stage {stage}', callbacks)
+            processes.wait_for_everyone() # all have read the best checkpoint
             if processes.is_main_process: save_stage(place, model, log)
-            processes.wait_for_everyone()
+        if processes.is_main_process: clear_stage(place)
+        processes.wait_for_everyone()
         logs[f'stage{stage}'] = json.loads((place/'model'/'log.json').read_text())
     model = load_model(place/'model')
     processes.wait_for_everyone() # before anybody moves the folder

@@ -551,9 +551,15 @@ class Mine(ConVIRT):
     "An objective of one's own."
 
 
+class Sentences(ConVIRT):
+    "One that reads no global feature."
+    reads = "image.local", "report.local"
+
+
 @pytest.mark.parametrize("objective, said", [
     ("cm-cgns", "Cross-Modal Clustering-Guided Negative Sampling (arXiv:2506.11674)"), ("convirt", "ConVIRT (arXiv:2010.00747)"), ("gloria", "GLoRIA (ICCV 2021)"),
-    ("mgca", "MGCA (arXiv:2210.06044)"), ("prior", "PRIOR (arXiv:2307.12577)"), (f"{__name__}.Mine", f"an objective of its maker's own, `{__name__}.Mine`")])
+    ("mgca", "MGCA (arXiv:2210.06044)"), ("prior", "PRIOR (arXiv:2307.12577)"), (f"{__name__}.Mine", f"an objective of its maker's own, `{__name__}.Mine`"),
+    (f"{__name__}.Sentences", f"an objective of its maker's own, `{__name__}.Sentences`")])
 def test_a_card_names_the_method(tmp_path, try_card, objective, said):
     run = make_run(tmp_path/"runs", "resnet-tiny", objective=objective)
     for source, name in (run, "run"), (run.folder/"stage1"/"model", "stage"):

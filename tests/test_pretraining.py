@@ -5,16 +5,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, TrainerState
 
 from cmcgns.encoders import TextEncoder
-from cmcgns.pretraining import Corpus, Pairs, collate, compile_encoders, last_checkpoint, make_settings, pretrain, start_stage, train_stage
+from cmcgns import pretraining
+from cmcgns.pretraining import BestSinceStart, Corpus, Pairs, PairTrainer, arguments, collate, compile_encoders, last_checkpoint, make_settings, pretrain, start_stage, train_stage
 from cmcgns.text import load_tokenizer, train_tokenizer
 
 TRAIN = """
@@ -95,6 +97,57 @@ def test_a_half_deleted_checkpoint_does_not_count(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
     (tmp_path / "checkpoint-10" / "complete").touch()
     assert last_checkpoint(tmp_path).name == "checkpoint-10" and not (tmp_path / "checkpoint-20").exists()
+
+
+def test_a_best_checkpoint_is_found_where_the_folder_was_moved_to_or_given_up(tmp_path, capsys):
+    watch, model = BestSinceStart(), SimpleNamespace(objective=SimpleNamespace(phase=lambda: 0))
+    args = SimpleNamespace(output_dir=str(tmp_path), load_best_model_at_end=True)
+    resumed = lambda: TrainerState(global_step=4, best_global_step=2, best_metric=1., log_history=[dict(step=2, eval_loss=1.), dict(step=4, eval_loss=1.5)])
+    best = lambda state: (state.best_metric, state.best_global_step, state.best_model_checkpoint)
+    (tmp_path / "checkpoint-2").mkdir()
+    watch.on_train_begin(args, moved := resumed(), None, model=model)
+    (tmp_path / "checkpoint-2").rmdir()
+    assert not capsys.readouterr().err
+    watch.on_train_begin(args, lost := resumed(), None, model=model)
+    assert best(moved) == (1., 2, str(tmp_path / "checkpoint-2")) and best(lost) == (1.5, 4, str(tmp_path / "checkpoint-4"))
+    assert "checkpoint-2: the best epoch so far is lost" in capsys.readouterr().err
+
+
+def test_a_kill_while_a_stage_is_put_away_costs_nothing(tmp_path, monkeypatch):
+    "Between the model's appearance and the end of its checkpoints; and in the middle of the copy of somebody's stage 1."
+    settings, data = make_settings("tiny", stage1_epochs=1, stage2_epochs=0), (corpus(32), corpus(8, 1))
+    done, other = tmp_path / "done", tmp_path / "other"
+    model, _ = pretrain(settings, *data, done)
+    for left in "checkpoint-4", "features-train": (done / "stage1" / left).mkdir()
+    (other / "stage1" / "model.partial").mkdir(parents=True)
+    monkeypatch.setattr(pretraining, "train_stage", lambda *_: pytest.fail("trained again"))
+    pretrain(settings, *data, done)
+    assert [p.name for p in (done / "stage1").iterdir()] == ["model"]
+    again, _ = pretrain(settings, *data, other, start=done)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU knows fp16")
+def test_fp16_is_not_computed_in_32_bits_without_a_word(tmp_path):
+    with pytest.raises(ValueError, match="precision=fp16 needs a GPU"): pretrain(make_settings("tiny", precision="fp16"), corpus(32), corpus(8, 1), tmp_path)
+
+
+def test_every_epoch_has_its_training_loss_in_the_log_however_many_batches_make_a_step(tmp_path):
+    settings = make_settings("tiny", batch_size=8, accumulate=8, stage1_epochs=2, stage2_epochs=0)
+    _, logs = pretrain(settings, corpus(96), corpus(8, 1), tmp_path)
+    assert {row["epoch"] for row in logs["stage1"] if "loss" in row} >= {1., 2.}
+    assert logs["stage1"][-1]["kept_step"] in {row["step"] for row in logs["stage1"] if "eval_loss" in row}
+
+
+def test_what_is_hidden_in_evaluation_is_the_same_each_time(tmp_path):
+    settings = make_settings("tiny", mask_in_eval=True, stage1_epochs=1, stage2_epochs=1)
+    model, _ = pretrain(settings, corpus(32), corpus(8, 1), tmp_path)
+    pairs = Pairs(corpus(24, 1), load_tokenizer(tmp_path / "tokenizer"), settings)
+    trainer = PairTrainer(model, arguments(settings, 1, tmp_path, 1), collate, pairs, pairs)
+    one, two = (trainer.evaluate()["eval_rebuild_loss"] for _ in range(2))
+    assert one == two
+    seen = [model(**pairs.batch([0, 1])).rebuild_loss.item() for _ in range(2)]
+    assert seen[0] != seen[1], "else nothing was hidden"
 
 
 def test_nan_stops_and_says_where(tmp_path):

@@ -10,6 +10,7 @@ __all__ = ['SHAPES', 'FRACTIONS', 'SEEDS', 'BENCHMARKS', 'shape_of', 'noise', 'c
            'check_asked', 'bench']
 
 # %% ../../nbs/reporting/44a_benchmarks.ipynb #c002
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from ..evaluation.classification import extract_features, fit_adamw, fit_togethe
 from ..image import build_cache, decode_square
 from ..model import CMCGNS, build_model, next_stage
 from ..objectives import OBJECTIVES, find_objective
-from ..pretraining import Corpus, Pairs, Settings, make_settings, make_tokenizer, native_precision, start_stage, train_stage
+from ..pretraining import Corpus, Pairs, Settings, check_machine, check_settings, make_settings, make_tokenizer, native_precision, start_stage, train_stage
 from .bench import bench_head, ceilings_apart, finish, measure_apart, slow_contrast, slow_pairs
 from .runs import list_runs
 from ..text import report_sentences
@@ -140,6 +141,7 @@ class Stopwatch(TrainerCallback):
 def trained_step(preset:str='laptop', b:int=32, side:str='ours', steps:int=6, device:str='cpu', changes:Mapping|None=None)->Callable: # its notes have the seconds of each step
     "Some steps of the real training."
     s = shape_of(preset, device, **dict(changes or {}, batch_size=b))
+    check_settings(s); check_machine(s)
     corpus = noise(s, b * (steps + 1))
     tokenizer, watch = make_tokenizer(s, corpus.reports), Stopwatch(steps)
 
@@ -320,11 +322,13 @@ def bench_probe(preset:str='laptop', repeats:int=3, threads:int=0, device:str='c
 # %% ../../nbs/reporting/44a_benchmarks.ipynb #c032
 def reproduce_apart(folder, # an empty one
                     preset:str='laptop', tables:str='main', # as `cmcgns reproduce`
+                    threads:int=0, device:str='cpu', # as torch and the machine have it if 0 and no 'cpu'
 )->float: # seconds
-    "Run the main job. Raises `RuntimeError` with its last words if it fails."
+    "Run the main job. Raises `ValueError` with its last words if it fails."
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, '-m', 'cmcgns.reporting.cli', 'reproduce', '--preset', preset, '--tables', tables], cwd=folder, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"the main job ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'nothing was said'}")
+    env = os.environ | (dict(OMP_NUM_THREADS=str(threads)) if threads else {}) | (dict(CUDA_VISIBLE_DEVICES='') if device == 'cpu' else {})
+    done = subprocess.run([sys.executable, '-m', 'cmcgns.reporting.cli', 'reproduce', '--preset', preset, '--tables', tables], cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode: raise ValueError(f"the main job ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'nothing was said'}")
     return time.perf_counter() - start
 
 def rows_of_runs(runs, # folder of runs
@@ -343,7 +347,7 @@ def bench_main(preset:str='laptop', tables:str='main', threads:int=0, device:str
         if not rows: raise ValueError(f"no finished runs in {runs}: leave out --runs to run the main job, or name the folder of one that is done")
         return finish('main', rows, best or ceilings_apart(device, threads))
     with tempfile.TemporaryDirectory() as folder:
-        seconds = reproduce_apart(folder, preset, tables)
+        seconds = reproduce_apart(folder, preset, tables, threads, device)
         rows = rows_of_runs(Path(folder, 'runs'))
     whole = lambda what, s: dict(side='ours', what=what, seconds=s, low=s, high=s, repeats=1)
     rows += [whole('start, data, pages', seconds - sum(r['seconds'] for r in rows)), whole(f'all of it, {preset}', seconds)]

@@ -193,7 +193,7 @@ def runs_command(runs:Runs=Path('runs')):
 def verify_command(run:Annotated[str, typer.Argument(help="beginning of a run's name")],
                    data_root:Annotated[Optional[Path], typer.Option(help="folder with the real data of the run; none for a synthetic one")]=None, runs:Runs=Path('runs'), cache:Cache=Path('cache'),
                    within:Annotated[float, typer.Option(help="numbers may differ by so much")]=1e-5):
-    "Compute a finished run once more, and say what differs; exit status 1 if it does not hold."
+    "Compute an evaluation once more, or the validation loss of a pre-training's models, and say what differs; exit status 1 if it does not hold."
     from cmcgns.reporting.runs import find_run
     from cmcgns.reporting.verify import verify_run
     verdict = verify_run(find_run(runs, run), data_root, cache, within)
@@ -271,5 +271,8 @@ def main():
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get('CMCGNS_TRACEBACK'): raise
         print(f"cmcgns: {error}", file=sys.stderr); sys.exit(2)
+    except RuntimeError as error: # torch has no lighter way to be asked
+        if os.environ.get('CMCGNS_TRACEBACK') or type(error).__name__ != 'OutOfMemoryError': raise
+        print("cmcgns: the memory of the GPU is too small: embed fewer pairs at a time (--set embed_at_once=16 gives the same training), or take a smaller batch (--set batch_size=…)", file=sys.stderr); sys.exit(2)
 
 if __name__ == '__main__' and 'ipykernel' not in sys.modules and sys.argv[0].endswith('cli.py'): main()

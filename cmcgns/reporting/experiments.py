@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOADED', 'ASKED', 'PARTIAL', 'OWN_PARTS', 'HEADS', 'LABELLED', 'TASKS', 'DATASET_SETTINGS', 'corpus_of', 'sum_once',
-           'started_from', 'pretrain_config', 'with_same_stage1', 'pretrain_run', 'settings_of', 'load_run',
-           'untrained', 'model_to_ask', 'Question', 'settle', 'trains_head', 'head_settings', 'classify', 'detect',
-           'segment', 'retrieve', 'ask_in_words', 'ground', 'audit', 'ask', 'evaluation_config', 'evaluate_run',
-           'settings_for', 'end_to_end', 'problem_of', 'nearest_preset', 'in_short', 'describe_run']
+           'started_from', 'pretrain_config', 'with_same_stage1', 'same_stage1', 'pretrain_run', 'settings_of',
+           'load_run', 'untrained', 'model_to_ask', 'Question', 'settle', 'trains_head', 'head_settings', 'classify',
+           'detect', 'segment', 'retrieve', 'ask_in_words', 'ground', 'audit', 'ask', 'evaluation_config',
+           'describe_evaluation', 'evaluate_run', 'settings_for', 'end_to_end', 'problem_of', 'nearest_preset',
+           'in_short', 'describe_run']
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c002
 import hashlib
@@ -32,9 +33,11 @@ from ..evaluation.segmentation import PROTOCOL as SEGMENTER, evaluate_segmentati
 from ..evaluation.transfer import HeadSettings, evaluate_finetuned_classification
 from ..evaluation.zero_shot import evaluate_grounding, evaluate_zero_shot
 from ..files import SEAL, check_seal, file_sum
+from ..image import ImageRows
 from ..model import CMCGNS, PUBLISHED, load_model
 from ..objectives import objective_code
 from ..pretraining import PRESETS, Corpus, Settings, first_stage, make_settings, make_tokenizer, pretrain, start_stage
+from ..processes import n_processes
 from .problems import SYNTHETIC_STUDIES, Problem, choose_dataset, open_problem, problem_config
 from .runs import Run, environment, list_runs, run_name, run_once
 from ..text import encode_reports, load_tokenizer
@@ -44,7 +47,7 @@ def corpus_of(problem:Problem, part:str)->Corpus:
     "The image-report pairs of a part; studies without sentences are counted on stderr and left out."
     rows, all_rows = problem.rows(part, lambda s: bool(s.sentences)), problem.rows(part)
     if len(rows) < len(all_rows): print(f"{part}: {len(all_rows) - len(rows)} of {len(all_rows)} studies have no sentence and sit pre-training out", file=sys.stderr)
-    return Corpus(problem.images[rows], [problem.studies[i].sentences for i in rows], [problem.studies[i].id for i in rows])
+    return Corpus(ImageRows(problem.images, rows), [problem.studies[i].sentences for i in rows], [problem.studies[i].id for i in rows])
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c106
 LOADED = '.json', '.txt', '.safetensors', '.bin', '.model' # endings of the files that an encoder or its tokenizer is read from
@@ -71,6 +74,9 @@ def with_same_stage1(runs, config:dict)->Run|None: # among all runs; a `pretrain
     known = (r for r in list_runs(runs) if r.config['task'] == 'pretrain' and r.config['settings'].keys() == config['settings'].keys())
     return next((r for r in known if stage1(r.config) == stage1(config)), None)
 
+def same_stage1(*folders:Path)->bool: # of runs
+    return len({file_sum(folder/'stage1'/'model'/'model.safetensors') for folder in folders}) == 1
+
 def pretrain_run(problem:Problem, # what to train on
                  settings:Settings, # how
                  runs, # folder of all runs
@@ -82,7 +88,7 @@ def pretrain_run(problem:Problem, # what to train on
         train, validation = corpus_of(problem, 'train'), corpus_of(problem, 'validation')
         like = with_same_stage1(runs, config)
         _, logs = pretrain(settings, train, validation, folder, start=like and like.folder)
-        return dict(stage1_of=like and like.folder.name, pairs=dict(train=len(train.reports), validation=len(validation.reports)), model=f'{list(logs)[-1]}/model', logs=logs)
+        return dict(stage1_of=like.folder.name if like and same_stage1(like.folder, folder) else None, pairs=dict(train=len(train.reports), validation=len(validation.reports)), processes=n_processes(), model=f'{list(logs)[-1]}/model', logs=logs)
     return run_once(runs, 'pretrain', config, compute, together=True)
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c009
@@ -192,7 +198,7 @@ def ground(problem, model, tokenize, settings, q, folder):
 
 def audit(problem, model, tokenize, settings, q, folder):
     rows = problem.rows('train', lambda s: bool(s.sentences))
-    return evaluate_clusters(model, tokenize, problem.images[rows], settings.image_size, [problem.studies[i] for i in rows],
+    return evaluate_clusters(model, tokenize, ImageRows(problem.images, rows), settings.image_size, [problem.studies[i] for i in rows],
                              min(settings.batch_size, len(rows)), seed=settings.seed) # the batches of training
 
 LABELLED = dict(classification=classify, detection=detect, segmentation=segment)
@@ -209,6 +215,12 @@ def evaluation_config(problem:Problem, settings:Settings, trained:str|None, q:Qu
     encoder = trained or ('random' if settings.image_encoder in IMAGE_ENCODERS else 'initial')
     return q.task, dict(encoder=encoder, settings=asdict(settings), data=problem_config(problem), question=asdict(q)) | (dict(head=asdict(head_settings(q, settings))) if trains_head(q) else {}) | ({} if trained else started_from(settings)) # a trained one has its own weights
 
+def describe_evaluation(problem:Problem, config:dict)->dict: # of `evaluation_config`
+    "What a reader of the rows must know."
+    encoder, q = config['encoder'], config['question']
+    return dict(encoder=encoder if encoder in ('random', 'initial') else 'pre-trained', task=q['task'], n=problem.split.counts(),
+                split=dict(problem_config(problem), hash=problem.split.hash, by=problem.split.by)) | {k: config[k] for k in ('question', 'settings', 'head') if k in config}
+
 def evaluate_run(problem:Problem, # what to evaluate on
                  settings:Settings, # of the encoder
                  pretrained:Run|None, # its weights: a pre-training run, or None for those it would start from
@@ -224,9 +236,7 @@ def evaluate_run(problem:Problem, # what to evaluate on
         if tokenize is None and task not in LABELLED: raise ValueError(f"{problem.name} has no reports to make a vocabulary of: {task} needs a pre-trained model")
         rows, kept = TASKS[task](problem, model, tokenize, settings, q, folder/'cells')
         np.savez_compressed(folder/'scores.npz', **kept)
-        return dict(encoder='pre-trained' if pretrained else config['encoder'], task=task, rows=rows, n=problem.split.counts(),
-                    split=dict(problem_config(problem), hash=problem.split.hash, by=problem.split.by), question=asdict(q), settings=asdict(settings), environment=environment(),
-                    **(dict(head=asdict(head_settings(q, settings))) if trains_head(q) else {}))
+        return dict(rows=rows) | describe_evaluation(problem, config) | dict(environment=environment())
     return run_once(runs, task, config, compute)
 
 # %% ../../nbs/reporting/41b_experiments.ipynb #c019

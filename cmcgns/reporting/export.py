@@ -191,7 +191,8 @@ def check_tensors(model:CMCGNS, # in evaluation mode
     features = e.backbone(expand_channels(x, e.config.num_channels), **(dict(interpolate_pos_encoding=True) if e.is_vit else {})).last_hidden_state # (1, c, h, w) or (1, 1 + p, c)
     text = {} if tokenizer is None else tokenizer(SENTENCE, return_tensors='pt')
     said = {} if tokenizer is None else dict(text_features=model.text_encoder(text['input_ids'], text['attention_mask']).contiguous()) # (1, t, c)
-    return dict(pixel_values=x, features=features.contiguous(), pooled=e(x).pooled.contiguous(), whole=model.encode_images(x).whole.contiguous()) | said
+    whole = model.encode_images(x).whole # None where the objective does not read it
+    return dict(pixel_values=x, features=features.contiguous(), pooled=e(x).pooled.contiguous()) | ({} if whole is None else dict(whole=whole.contiguous())) | said
 
 # %% ../../nbs/reporting/46_export.ipynb #c032
 class Source(NamedTuple):
@@ -300,28 +301,31 @@ def foreign_code(e:ImageEncoder, library:str, foreign:Foreign)->str:
     see = {'torchvision': 'torch.nn.Sequential(*list(encoder.children())[:-2])(x) # (b, c, h, w)', 'timm': f"encoder.forward_features(x) # {'(b, 1 + p, c)' if e.is_vit else '(b, c, h, w)'}"}[library]
     return try_code(e, [*(['from functools import partial', ''] if 'partial(' in foreign.make else []), f'import {library}', 'import torch'], [*load, f'with torch.no_grad(): features = {see}'])
 
-def heads_code(e:ImageEncoder, width:int)->str:
+def heads_code(e:ImageEncoder, width:int, # of the common space; 0: the objective does not read the global feature
+)->str:
     "How our global feature, and the one beside the reports, come from the features of the backbone."
     if e.pool == 'mean': pool = [f"pooled = features{'[:, 1:].mean(1)' if e.is_vit else '.mean((2, 3))'}"]
     elif e.is_vit: pool = ['pooled = features[:, 0] # the class token']
     else: pool = [f'pool = AttentionPool({e.width}, {e.grid}).eval()', "pool.load_state_dict(part('attention_pool'))", 'with torch.no_grad(): pooled = pool(features)']
+    whole = [f'project = torch.nn.Linear({e.width}, {width})', "project.load_state_dict(part('image_whole'))",
+             'with torch.no_grad(): whole = torch.nn.functional.normalize(project(pooled), dim=-1) # (b, d), beside the reports'] if width else []
+    more = " (whole, 'whole')" if width else ''
     return python('import torch', *([] if e.attention_pool is None else ['from cmcgns.encoders import AttentionPool']), 'from safetensors.torch import load_file', '',
                   "heads, check = load_file('heads.safetensors'), load_file('check.safetensors')", "features = check['features'] # or those that your library made of your images", '',
-                  "def part(name): return {k.removeprefix(name + '.'): v for k, v in heads.items() if k.startswith(name + '.')}", '', *pool,
-                  f'project = torch.nn.Linear({e.width}, {width})', "project.load_state_dict(part('image_whole'))",
-                  'with torch.no_grad(): whole = torch.nn.functional.normalize(project(pooled), dim=-1) # (b, d), beside the reports',
-                  "for mine, name in (pooled, 'pooled'), (whole, 'whole'): assert (mine - check[name]).abs().max() < 1e-3 * check[name].abs().max()")
+                  "def part(name): return {k.removeprefix(name + '.'): v for k, v in heads.items() if k.startswith(name + '.')}", '', *pool, *whole,
+                  f"for mine, name in (pooled, 'pooled'),{more}: assert (mine - check[name]).abs().max() < 1e-3 * check[name].abs().max()")
 
 # %% ../../nbs/reporting/46_export.ipynb #c044
 def ours_code(source:Source)->str:
     "How the whole model is loaded."
     limit = f", {source.facts['settings']['max_tokens']}" if source.facts else ''
+    name = 'whole' if source.model.image_whole else 'pooled'
     imports, text = ['from cmcgns.model import load_model'], []
     if source.tokenizer is not None:
         imports.append('from cmcgns.text import encode_reports, load_tokenizer')
         text = ["tokenizer = load_tokenizer('tokenizer')", f"reports = encode_reports(tokenizer, [['{SENTENCE}', 'the heart is enlarged']]{limit})", 'with torch.no_grad(): report = model.encode_reports(**reports)']
     return python('import torch', *imports, 'from safetensors.torch import load_file', '', "model, check = load_model('model'), load_file('check.safetensors')", *text,
-                  "with torch.no_grad(): image = model.encode_images(check['pixel_values'])", "assert (image.whole - check['whole']).abs().max() < 1e-3")
+                  "with torch.no_grad(): image = model.encode_images(check['pixel_values'])", f"assert (image.{name} - check['{name}']).abs().max() < 1e-3")
 
 def pixels_text(source:Source)->str:
     "What the encoder takes, and how an image becomes that."
@@ -395,7 +399,7 @@ def card(source:Source, # what is exported
     about = (f'Image encoder ({kind}, {c.image_size} pixels) and text encoder ({source.model.text_encoder.config.model_type}), trained together by '
              f'{method_of(c.objective)}. The code below runs as it stands in this folder, and fails if the weights were not loaded as they should be.')
     sections = {'Data': data_text(source.facts), 'Settings': settings_text(source.facts), 'Results': results_text(evaluations, roles), 'Input': pixels_text(source),
-                **{f'Load with {k}': code[k] for k in formats}, 'Pooling and projections': heads_code(e, c.width),
+                **{f'Load with {k}': code[k] for k in formats}, 'Pooling and projections': heads_code(e, c.width if source.model.image_whole else 0),
                 'What does not fit': '\n'.join(f'- {k}: {why}' for k, why in left_out.items()), 'Versions': versions_text(source.facts), 'Licence': terms}
     head = ['\n'.join(['---', f'license: {licence}', 'tags:', *(f'- {t}' for t in tags), '---']), f'# {source.name}: a chest X-ray encoder trained on {data} data', '**For research. Not for clinical use.**', about]
     return '\n\n'.join([*head, *(f'## {k}\n\n{v}' for k, v in sections.items() if v)]) + '\n'
