@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -433,8 +434,8 @@ def arguments(settings:Settings, # of the run
 
 # %% ../nbs/core/07_pretraining.ipynb #d303
 def join_processes()->PartialState: # who goes first, who waits; of one process, if nobody started more
-    "Meet the other processes, if there are any."
-    return PartialState(cpu=not torch.cuda.is_available())
+    "Meet the other processes, if there are any; they wait for hours, as the first may have a vocabulary to train and all reports to read."
+    return PartialState(cpu=not torch.cuda.is_available(), **(dict(timeout=timedelta(hours=6)) if int(os.environ.get('WORLD_SIZE', 1)) > 1 else {}))
 
 # %% ../nbs/core/07_pretraining.ipynb #d502
 class TokenFeatures:
@@ -457,13 +458,12 @@ def write_features(encoder:TextEncoder, # frozen
     batches = [pairs.reports(range(i, min(i + size, len(pairs)))) for i in range(0, len(pairs), size)]
     lengths = torch.cat([b['attention_mask'].sum(1) for b in batches]).numpy()
     np.save(folder/'starts.npy', np.concatenate([[0], lengths.cumsum()]))
-    tokens = np.lib.format.open_memmap(folder/'tokens.npy', 'w+', np.float32, (int(lengths.sum()), encoder.width))
-    start, device = 0, next(encoder.parameters()).device
-    for b in tqdm(batches, desc='reports read', disable=None):
-        real = encoder(b['input_ids'].to(device), b['attention_mask'].to(device))[b['attention_mask'].to(device).bool()].float().cpu().numpy() # (n, c)
-        tokens[start:start + len(real)] = real
-        start += len(real)
-    tokens.flush()
+    device = next(encoder.parameters()).device
+    with open(folder/'tokens.npy', 'wb') as tokens:
+        np.lib.format.write_array_header_1_0(tokens, dict(descr='<f4', fortran_order=False, shape=(int(lengths.sum()), encoder.width)))
+        for b in tqdm(batches, desc='reports read', disable=None):
+            real = encoder(b['input_ids'].to(device), b['attention_mask'].to(device))[b['attention_mask'].to(device).bool()] # (n, c)
+            tokens.write(real.float().cpu().numpy().astype('<f4').tobytes())
 
 # %% ../nbs/core/07_pretraining.ipynb #d503
 def read_reports_once(model:CMCGNS, # its text encoder is frozen
