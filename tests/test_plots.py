@@ -173,6 +173,19 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["method.png"]
 
 
+def test_noise_is_no_pattern_and_one_sentence_has_nothing_to_be_compared_with():
+    assert np.allclose(plots.span_of(.5 + 1e-4 * np.arange(4)), (.49015, .51015)) and plots.span_of(np.array([.2, .7])) == (.2, .7)
+    grey, alone = np.zeros((8, 8), np.uint8), np.full((4, 1), .6)
+    figure = plots.plot_regions(grey, alone, (2, 2), ["the heart is large"], "synthetic")
+    assert any("nothing to compare" in ax.get_title(loc="left") + ax.get_title() for ax in figure.axes)
+
+
+def test_a_picture_says_in_words_what_it_shows():
+    figure = plots.plot_attention(np.zeros((8, 8), np.uint8), np.full((1, 4), .5), (2, 2), ["the heart is large"], "synthetic")
+    png, metadata = figure._repr_png_()
+    assert png.startswith(b"\x89PNG") and metadata["alt"].startswith("Attention (n = 1 sentence") and metadata["alt"].endswith("the image; the heart is large")
+
+
 def test_pdf_and_svg_are_written_and_the_same_figure_gives_the_same_bytes(tmp_path):
     for end in "pdf", "svg":
         one, two = (save_figure(draw_method(), tmp_path / f"{name}.{end}").read_bytes() for name in "ab")

@@ -396,8 +396,9 @@ def tell_status(contrast:ReportContrast, named:Sequence[Named|None], s:Sentences
     "Did the clusters start?"
     if contrast.cluster == 'none': return 'no clusters'
     if any(n is not None for n in named): return 'started'
-    if (points := roles(contrast, s.plain, s.told)[0]) is None: return 'not started'
-    return f'not started: mean cosine {float(mean_cosine(points[rows], points[rows])):.2f}, starts at {contrast.sampler.start:.2f} with {contrast.sampler.clusters} sentences'
+    points, others = roles(contrast, s.plain, s.told)
+    if points is None: return 'not started'
+    return f'not started: mean cosine {float(mean_cosine(points[rows], (others if contrast.start_on == "pairs" else points)[rows])):.2f}, starts at {contrast.sampler.start:.2f} with {contrast.sampler.clusters} sentences'
 
 # %% ../../nbs/evaluation/24_cluster_audit.ipynb #c066
 def audit_negatives(s:Sentences, known:Known, batches:Sequence[np.ndarray],

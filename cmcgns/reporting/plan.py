@@ -153,6 +153,7 @@ class Reproduction:
 
     def __post_init__(self):
         if twice := [s for s in self.seeds if list(self.seeds).count(s) > 1]: raise ValueError(f"seed {twice[0]} is named twice: it would count as two trainings")
+        if 'objective' in self.changes: raise ValueError(f"objective={self.changes['objective']}: each row of a table has its own; train another one by `cmcgns pretrain --set objective=…`, and ask it by `cmcgns evaluate`")
         splits_of(self.split)
         self.found = find_datasets(self.data_root) if self.data_root else {}
         self.corpus = choose_dataset(self.data_root, self.dataset)[0] if self.dataset and self.data_root else next((k for k in CORPORA if k in self.found), 'synthetic')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC_STUDIES', 'SHARES', 'TARGETS', 'PARTS', 'READ', 'STAND_IN_SEED', 'Problem', 'targets_of', 'choose_dataset',
-           'complete_split', 'check_split', 'draw_split', 'find_copies', 'part_copies', 'open_problem', 'leave_out',
-           'problem_config', 'stand_in']
+           'complete_split', 'check_split', 'draw_split', 'find_copies', 'part_copies', 'added_lines', 'open_problem',
+           'leave_out', 'problem_config', 'stand_in']
 
 # %% ../../nbs/reporting/41a_problems.ipynb #c002
 import hashlib
@@ -160,6 +160,10 @@ def part_copies(studies:Sequence[Study], images:np.ndarray, # their pixels
 
 # %% ../../nbs/reporting/41a_problems.ipynb #c202
 READ = dict(covid_cxr=dict(header=True)) # how a data set is read, where its loader has a choice
+
+def added_lines(key:str)->str: # of a data set; nothing where all of a report is the publisher's
+    "What a reader must know of reports that begin with lines of ours."
+    return " Reports begin with lines of ours, made of view, sex and age in the publisher's table; some are nothing else, and most equal sentences are these." if READ.get(key, {}).get('header') else ''
 
 # %% ../../nbs/reporting/41a_problems.ipynb #c014
 def open_problem(data_root, # a folder with real data, or None for the synthetic world

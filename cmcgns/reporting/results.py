@@ -8,7 +8,7 @@ __all__ = ['FEW', 'SIGNS', 'OF_AUDITS', 'runs_of', 'fold_of', 'rows_of_runs', 'o
            'both_of', 'by_data', 'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict',
            'deciding', 'count_ahead', 'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table',
            'published_file', 'published_rows', 'latex', 'save_table', 'describe_split', 'describe_origin',
-           'describe_heads', 'save_result']
+           'describe_figure', 'describe_heads', 'save_result']
 
 # %% ../../nbs/reporting/49_results.ipynb #c002
 import csv
@@ -25,7 +25,8 @@ from ..evaluation.classification import paired_bootstrap, score_key
 from ..evaluation.detection import rank, unpack, weighted_map
 from ..evaluation.segmentation import dice_positives
 from .experiments import ASKED, Question
-from .plan import Reproduction, Table, applies, job_of
+from .plan import OURS, Reproduction, Table, applies, job_of
+from .problems import added_lines
 from .runs import Run
 from .tables import METRICS, beside, by_fraction, known_mean, markdown, positives_of, save_csv, spell, std_of
 
@@ -255,13 +256,21 @@ def describe_split(r:Reproduction)->str:
 
 def describe_origin(r:Reproduction, datasets:Sequence[str]=('corpus',))->str:
     "What a reader must know about the numbers below a table."
-    names = list(dict.fromkeys(r.problem(k).name for k in ('corpus', *datasets)))
+    names, corpus = list(dict.fromkeys(r.problem(k).name for k in ('corpus', *datasets))), r.problem('corpus')
     drawn = [n for n in names if n.startswith('synthetic')]
-    said = f"Pre-trained on {r.problem('corpus').name} ({len(r.problem('corpus').rows('train'))} training studies), preset {r.preset}, pre-training seeds {', '.join(map(str, r.seeds))}, {describe_split(r)}. "
+    said = f"Pre-trained on {corpus.name} ({len(corpus.rows('train'))} training studies), preset {r.preset}, pre-training seeds {', '.join(map(str, r.seeds))}, {describe_split(r)}.{added_lines(corpus.key)} "
     if drawn: said += f"Synthetic data, no patients: {', '.join(drawn)}. These numbers say that the code learns, and nothing about X-rays. "
     if listed := [r.problem(k).name for k in dict.fromkeys(datasets) if k != 'corpus' and r.problem(k).how == 'published']: said += f"Tested on the test part of the publisher's own split: {', '.join(listed)}. "
     said += f"Mean ± standard deviation over {'folds × ' * (len(r.splits) > 1)}pre-training seeds × draws of labels, what does not differ counted once; in brackets the mean of the 95 % bootstrap intervals of each, over test patients (images where patients are unknown){', combined over folds' * (len(r.splits) > 1)}. "
     return said + 'At every share of the labels, those of the whole validation part choose the strength of a probe and the epoch of a head.'
+
+def describe_figure(r:Reproduction)->str:
+    "What a reader must know about a figure of one training."
+    problem = r.problem('corpus')
+    drawn = 'Synthetic data, no patients: this says that the code learns, and nothing about X-rays. ' if problem.name.startswith('synthetic') else ''
+    said = f"{drawn}Pre-trained on {problem.name} ({len(problem.rows('train'))} training studies), preset {r.preset}, split {problem.split.hash[:8]} ({problem.how}).{added_lines(problem.key)}"
+    scrambled = r.settings(OURS, r.seeds[0]).scramble_local
+    return said + (' The local features of a ResNet are scrambled here, as published: what is called a region is no place.' if scrambled else '')
 
 OF_AUDITS = ' But where clusters and negatives are asked about, the intervals are over batches of training studies, and tell little about other patients.'
 
