@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from urllib.request import urlopen
 
@@ -19,7 +20,7 @@ from conftest import ROOT
 from PIL import Image
 
 from cmcgns.reporting.explore import (LIVELY, ROLES, TOLD, AttentionExplorer, ClusterExplorer, ReconstructionExplorer, bars, changes_for, describe_negatives, look, make_spots,
-                                      map_sentences, nearest_in, open_run, open_table, others_of, read_table, rebuild, relations_of, richest, roles_of, spoken_of)
+                                      map_sentences, nearest_in, open_run, open_table, others_of, read_table, rebuild, relations_of, richest, roles_of, spoken_of, with_reports)
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("explore")] # one worker: they share a run, and a JupyterLab
 PAGES = sorted((ROOT / "nbs" / "explore").glob("*.ipynb"))
@@ -76,6 +77,32 @@ def test_a_run_of_another_kind_is_refused(opened, folders):
         open_run(*folders, name=run.folder.name)
 
 
+def test_what_cannot_be_explored_is_said_in_a_sentence(opened, folders, tmp_path):
+    with pytest.raises(ValueError, match="the run pretrain-1 is wanted, and its folder of runs is not there: name the folder, too"):
+        open_run(tmp_path / "none", folders[1], name="pretrain-1")
+    silent = opened.problem._replace(studies=[replace(s, sentences=(), meanings=()) for s in opened.problem.studies])
+    with pytest.raises(ValueError, match="no test study of synthetic has a report"): with_reports(opened._replace(problem=silent))
+
+
+def test_sentences_beyond_the_tokens_are_counted_and_boxes_known_by_name_are_called_so(opened):
+    from cmcgns.text import encode_reports, load_tokenizer
+    tokenizer, at = load_tokenizer(opened.run.folder / "tokenizer"), richest(opened)
+    short = opened._replace(tokenize=lambda reports: encode_reports(tokenizer, reports, 16))
+    seen, study = look(short, at), opened.problem.studies[at]
+    assert 0 < len(seen.sentences) < len(study.sentences) == len(seen.sentences) + seen.beyond and look(opened, at).beyond == 0
+    assert f"{seen.beyond} more sentences of this report are beyond" in AttentionExplorer(short, at).caption.value
+    named = [replace(s, meanings=()) if i == at else s for i, s in enumerate(opened.problem.studies)]
+    for problem, said in (opened.problem, "where its finding is"), (opened.problem._replace(studies=named), "be it denied or not"):
+        assert said in AttentionExplorer(opened._replace(problem=problem), at).caption.value
+
+
+def test_differences_keep_their_colours(opened):
+    explorer = ReconstructionExplorer(opened, 2)
+    worst = explorer.worst
+    explorer.share.value = 1.
+    assert explorer.worst == worst > 0 and (rebuild(opened, opened.test[:2]).hidden == rebuild(opened, opened.test[:2], opened.run.config["settings"]["mask_share"]).hidden).all()
+
+
 def test_attention_is_that_of_the_model(opened):
     import torch
     at = richest(opened)
@@ -114,7 +141,7 @@ def test_hidden_regions_nest_and_the_report_matters(opened):
 def test_a_model_of_another_objective_is_refused(folders):
     other = open_run(*folders, objective="convirt", stage1_epochs=1, stage2_epochs=0)
     for call, said in [(lambda: look(other, other.test[0]), "objective convirt: only cm-cgns has this attention"), (lambda: map_sentences(other), "only cm-cgns has a sampler"),
-                       (lambda: rebuild(other, other.test[:1]), "it has no decoder")]:
+                       (lambda: rebuild(other, other.test[:1]), "only cm-cgns hides regions of a film")]:
         with pytest.raises(ValueError, match=said):
             call()
 

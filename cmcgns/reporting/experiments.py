@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.check import find_datasets
+from ..data.check import DATASETS, find_datasets
 from ..data.studies import label_array
 from ..encoders import ENCODERS, IMAGE_ENCODERS
 from ..evaluation.classification import evaluate_fractions, extract_features
@@ -269,6 +269,7 @@ def problem_of(run:Run, # a pre-training run
     "What to evaluate a run on: its own data, whose split it keeps, or another data set. Raises `ValueError` if its own have changed, or are nowhere."
     data, settings = run.config['data'], run.config['settings']
     home = data['dataset'].removeprefix('synthetic ')
+    if not dataset and home != 'synthetic' and home not in DATASETS: raise ValueError(f"{run.folder.name} was trained on {home}, a table of its owner's own: open it as the page bring_your_own_data does, or name a data set to ask it about")
     if not data_root and (wanted := dataset or home) != 'synthetic': raise ValueError(f"{run.folder.name} was trained on {data['dataset']}: give the folder of {wanted} with --data-root, or ask the synthetic world with --dataset synthetic")
     if data_root and not dataset and home in find_datasets(data_root): dataset = home
     key = choose_dataset(data_root or None, dataset)[0]

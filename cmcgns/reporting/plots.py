@@ -8,12 +8,12 @@ __all__ = ['COLOURS', 'MARKERS', 'GREY', 'INK', 'STYLE', 'BOOKKEEPING', 'FINDS',
            'curve', 'draw_curve', 'plot_losses', 'unit_of', 'plot_training', 'project', 'project_by_umap',
            'project_linearly', 'draw_groups', 'plot_clusters', 'draw_negatives', 'plot_sentence', 'as_grey',
            'grey_films', 'draw_image', 'plot_studies', 'paint_chest', 'draw_boxes', 'draw_masks', 'add_key',
-           'plot_boxes', 'plot_masks', 'enlarge', 'draw_rebuilt', 'hidden_regions', 'plot_reconstructions', 'draw_told',
-           'plot_reconstructions_by', 'span_of', 'draw_attention', 'plot_attention', 'draw_winners', 'plot_regions',
-           'draw_encoder', 'plot_fractions', 'spell_range', 'label_fractions', 'draw_moments', 'plot_moments',
-           'plot_means', 'write', 'box', 'arrow', 'bars', 'patches', 'picture', 'draw_inputs', 'draw_features',
-           'draw_attention_both_ways', 'draw_map', 'loss_box', 'draw_sentence_contrast', 'draw_local_losses',
-           'draw_rebuilding', 'draw_method']
+           'plot_boxes', 'plot_masks', 'enlarge', 'draw_rebuilt', 'worst_of', 'hidden_regions', 'plot_reconstructions',
+           'draw_told', 'plot_reconstructions_by', 'span_of', 'draw_attention', 'plot_attention', 'draw_winners',
+           'plot_regions', 'draw_encoder', 'plot_fractions', 'spell_range', 'label_fractions', 'draw_moments',
+           'plot_moments', 'plot_means', 'write', 'box', 'arrow', 'bars', 'patches', 'picture', 'draw_inputs',
+           'draw_features', 'draw_attention_both_ways', 'draw_map', 'loss_box', 'draw_sentence_contrast',
+           'draw_local_losses', 'draw_rebuilding', 'draw_method']
 
 # %% ../../nbs/reporting/40_plots.ipynb #c002
 import textwrap
@@ -490,6 +490,11 @@ def draw_rebuilt(axs:Sequence[Axes], # four of them
     return off
 
 # %% ../../nbs/reporting/40_plots.ipynb #c060
+def worst_of(images, # as for `plot_reconstructions`
+             rebuilt)->float: # of a range of 2
+    "Where the colours of differences end, so that all but the half percent of the worst pixels have their own."
+    return max(.1, float(np.quantile(2 * np.abs(grey_films(images) - grey_films(rebuilt)), .995)))
+
 def hidden_regions(masked, # which regions were hidden, (n, p), bool; None where channels were hidden instead
                    n:int, # films
                    grid:tuple[int, int]|None, # regions down and across; a square unless given
@@ -505,6 +510,7 @@ def plot_reconstructions(images, # what went in, (n, h, w), uint8 or float in [-
                          rebuilt, # what came out, like `images`
                          origin:str, # where the data come from
                          grid:tuple[int, int]|None=None, # regions down and across; a square unless given
+                         worst:float|None=None, # where the colours of the differences end; `worst_of` these if None
 )->Picture:
     "Input, hidden regions, output and absolute difference, a column a study."
     images, rebuilt = grey_films(images), grey_films(rebuilt)
@@ -512,7 +518,7 @@ def plot_reconstructions(images, # what went in, (n, h, w), uint8 or float in [-
     if images.shape != rebuilt.shape or len(masked) != len(images):
         raise ValueError(f"images {images.shape}, masks {masked.shape} and rebuilt images {rebuilt.shape} do not go together")
     n, far = len(images), 2 * np.abs(images - rebuilt) # on the model's range, (n, h, w)
-    worst = max(.1, float(np.quantile(far, .995)))
+    worst = worst or worst_of(images, rebuilt)
     fig, axs = start_figure(f'Reconstructions (n = {n}, {what}, L1 {far.mean():.3f})', origin, 4 * n, n, (1.3, 1.3))
     for i in range(n): off = draw_rebuilt(axs[i::n], images[i], enlarge(masked[i], grid, images.shape[1:]), rebuilt[i], worst)
     for ax, row in zip(axs[::n], ('input', 'hidden', 'rebuilt', 'off by')): ax.text(-.06, .5, row, transform=ax.transAxes, rotation=90, va='center', ha='right')
