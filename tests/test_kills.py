@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd):
         (tmp_path / f"checkpoint-{step}" / "complete").touch()
     (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(bytes(99) + b"\1")
     assert last_checkpoint(tmp_path).name == "checkpoint-10" and not (tmp_path / "checkpoint-20").exists()
-    assert "optimizer.pt is not as it was written; it is deleted, and the one before goes on" in capfd.readouterr().err
+    assert "optimizer.pt is not as it was written; it is deleted, and the newest whole one goes on" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("at", [.02, .3, .6, .99])

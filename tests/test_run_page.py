@@ -87,8 +87,10 @@ def test_the_first_error_ends_the_pages_under_way(page, tmp_path):
 def test_a_page_ends_with_whoever_asked_for_it(page, tmp_path, sent):
     page("long", "begin(); import time; time.sleep(300)")
     code = textwrap.dedent(f"""
+        import signal
         from pathlib import Path
         from cmcgns.reporting import pages
+        signal.signal(signal.SIGINT, signal.default_int_handler) # who started these tests in the background may have told it to ignore Ctrl-C
         pages.page_path = lambda name: Path({str(tmp_path)!r}) / f"{{name}}.ipynb"
         pages.show_all(lambda name, **how: pages.run_page(name, {str(tmp_path / "out")!r}, **how), ["long"])
     """)
