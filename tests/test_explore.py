@@ -19,8 +19,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from cmcgns.clustering import NegativeSampler, ReportContrast
 from cmcgns.reporting.explore import (LIVELY, ROLES, TOLD, AttentionExplorer, ClusterExplorer, ReconstructionExplorer, bars, changes_for, describe_negatives, look, make_spots,
-                                      map_sentences, nearest_in, open_run, open_table, others_of, read_table, rebuild, relations_of, richest, roles_of, spoken_of, with_reports)
+                                      map_sentences, nearest_in, open_run, open_table, others_of, read_table, rebuild, relations_of, richest, roles_of, spoken_of, tell_rules,
+                                      with_reports)
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("explore")] # one worker: they share a run, and a JupyterLab
 PAGES = sorted((ROOT / "nbs" / "explore").glob("*.ipynb"))
@@ -84,6 +86,23 @@ def test_what_cannot_be_explored_is_said_in_a_sentence(opened, folders, tmp_path
     with pytest.raises(ValueError, match="no test study of synthetic has a report"): with_reports(opened._replace(problem=silent))
 
 
+def test_data_that_are_not_there_are_asked_for_by_the_parameters_of_a_page(tmp_path):
+    for home, said in [("synthetic table", ", a table of its owner's own: read it with"), ("covid_cxr", ": give the folder of covid_cxr \\(`data_root`\\), or")]:
+        folder = tmp_path / f"pretrain-{home[:5]}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(task="pretrain", data=dict(dataset=home))))
+        with pytest.raises(ValueError, match=f"{folder.name} was trained on {home}{said}"):
+            open_run(tmp_path, tmp_path, name=folder.name)
+
+
+def test_a_sampler_is_described_as_it_is():
+    def rules(**options):
+        return tell_rules(ReportContrast(NegativeSampler(8, clusters=2), **options))
+    assert rules() == "clustered are sentences as the image tells them; each asks as it stands; hard and false negatives were on in training"
+    assert rules(cluster="single-modal", asks="clustered", hard=False) == "clustered are sentences as they stand; each asks as it is clustered; hard negatives are shown, but were off in training"
+    assert rules(hard=False, false=False).endswith("hard negatives and false negatives are shown, but were off in training") and rules(cluster="none").startswith("this run clusters nothing")
+
+
 def test_sentences_beyond_the_tokens_are_counted_and_boxes_known_by_name_are_called_so(opened):
     from cmcgns.text import encode_reports, load_tokenizer
     tokenizer, at = load_tokenizer(opened.run.folder / "tokenizer"), richest(opened)
@@ -91,6 +110,10 @@ def test_sentences_beyond_the_tokens_are_counted_and_boxes_known_by_name_are_cal
     seen, study = look(short, at), opened.problem.studies[at]
     assert 0 < len(seen.sentences) < len(study.sentences) == len(seen.sentences) + seen.beyond and look(opened, at).beyond == 0
     assert f"{seen.beyond} more sentences of this report are beyond" in AttentionExplorer(short, at).caption.value
+    assert short.n_read(at) == len(seen.sentences) < opened.n_read(at) == len(study.sentences)
+    assert max(sum(map(bool, look(short, i).outlines)) for i in opened.test) == sum(map(bool, look(short, richest(short)).outlines)) > 0
+    chart = map_sentences(short, n=12, method="pca")
+    assert chart.beyond == sum(look(short, i).beyond for i in opened.test[:12]) > 0 and f"{chart.beyond} more sentences of these reports are beyond" in ClusterExplorer(chart, "synthetic").legend.value
     named = [replace(s, meanings=()) if i == at else s for i, s in enumerate(opened.problem.studies)]
     for problem, said in (opened.problem, "where its finding is"), (opened.problem._replace(studies=named), "be it denied or not"):
         assert said in AttentionExplorer(opened._replace(problem=problem), at).caption.value
@@ -101,6 +124,13 @@ def test_differences_keep_their_colours(opened):
     worst = explorer.worst
     explorer.share.value = 1.
     assert explorer.worst == worst > 0 and (rebuild(opened, opened.test[:2]).hidden == rebuild(opened, opened.test[:2], opened.run.config["settings"]["mask_share"]).hidden).all()
+
+
+def test_reconstruction_hides_as_the_run_did(opened, monkeypatch):
+    monkeypatch.setattr(opened.model.reconstruction, "by", "channel")
+    done, ui = rebuild(opened, opened.test[:2]), ReconstructionExplorer(opened, films=2)
+    assert done.hidden is None and done.error == pytest.approx(np.abs(done.rebuilt - done.films).mean(), abs=1e-6)
+    assert "50% of the channels hidden" in ui.words.value and "L1 of all pixels" in ui.words.value and changes(ui.share, .75, ui.picture, ui.words)
 
 
 def test_attention_is_that_of_the_model(opened):
@@ -141,7 +171,7 @@ def test_hidden_regions_nest_and_the_report_matters(opened):
 def test_a_model_of_another_objective_is_refused(folders):
     other = open_run(*folders, objective="convirt", stage1_epochs=1, stage2_epochs=0)
     for call, said in [(lambda: look(other, other.test[0]), "objective convirt: only cm-cgns has this attention"), (lambda: map_sentences(other), "only cm-cgns has a sampler"),
-                       (lambda: rebuild(other, other.test[:1]), "only cm-cgns hides regions of a film")]:
+                       (lambda: rebuild(other, other.test[:1]), "objective convirt: only the decoder of cm-cgns is asked"), (lambda: ReconstructionExplorer(other), "only the decoder of cm-cgns is asked")]:
         with pytest.raises(ValueError, match=said):
             call()
 
@@ -185,6 +215,7 @@ def test_clusters_answer(chart):
     assert [s.style.button_color for s in ui.spots] == [ROLES[r] for r in roles_of(chart, other)] and ui.spots[other].layout.width == "15px"
     assert changes(ui.by, "meaning", ui.legend) and changes(ui.by, "cluster it falls into", ui.legend)
     assert "synthetic data, no patients" in ui.legend.value and [s.tooltip for s in ui.spots] == chart.texts
+    assert chart.rules in ui.legend.value and "of variance) × component 2" in ui.legend.value and "without a meaning" not in ui.legend.value and "beyond" not in ui.legend.value
     ui.by.value = "role"
     ui.sentence.value = start
     assert ui.words.value == words and ui.films.value == films

@@ -490,10 +490,10 @@ def draw_rebuilt(axs:Sequence[Axes], # four of them
     return off
 
 # %% ../../nbs/reporting/40_plots.ipynb #c060
-def worst_of(images, # as for `plot_reconstructions`
-             rebuilt)->float: # of a range of 2
+def worst_of(far:np.ndarray # differences, of a range of 2
+)->float: # at least 0.1
     "Where the colours of differences end, so that all but the half percent of the worst pixels have their own."
-    return max(.1, float(np.quantile(2 * np.abs(grey_films(images) - grey_films(rebuilt)), .995)))
+    return max(.1, float(np.quantile(far, .995)))
 
 def hidden_regions(masked, # which regions were hidden, (n, p), bool; None where channels were hidden instead
                    n:int, # films
@@ -518,7 +518,7 @@ def plot_reconstructions(images, # what went in, (n, h, w), uint8 or float in [-
     if images.shape != rebuilt.shape or len(masked) != len(images):
         raise ValueError(f"images {images.shape}, masks {masked.shape} and rebuilt images {rebuilt.shape} do not go together")
     n, far = len(images), 2 * np.abs(images - rebuilt) # on the model's range, (n, h, w)
-    worst = worst or worst_of(images, rebuilt)
+    worst = worst or worst_of(far)
     fig, axs = start_figure(f'Reconstructions (n = {n}, {what}, L1 {far.mean():.3f})', origin, 4 * n, n, (1.3, 1.3))
     for i in range(n): off = draw_rebuilt(axs[i::n], images[i], enlarge(masked[i], grid, images.shape[1:]), rebuilt[i], worst)
     for ax, row in zip(axs[::n], ('input', 'hidden', 'rebuilt', 'off by')): ax.text(-.06, .5, row, transform=ax.transAxes, rotation=90, va='center', ha='right')
