@@ -164,7 +164,7 @@ class ClusterGuided:
         "Their weighted sum."
         return total_loss(losses, self.config)
 
-    def phase(self)->bool: return bool(self.contrast.sampler.started)
+    def phase(self)->bool: return bool(self.contrast.sampler.started) and (self.contrast.hard or self.contrast.false)
 
 class ClusterGuidedObjective(ClusterGuided, Objective):
     "CM-CGNS as an objective of its own, to derive variants from."
