@@ -18,7 +18,7 @@ from cmcgns.data.synthetic import make_study
 from cmcgns.evaluation.cluster_audit import (METRICS, RELATIONS, ROW, EpochAudit, Known, Named, Sentences, Tally, agreement, alike, audit_batches,
                                              audit_table, audit_training, classes_of, collect_sentences, compare_clusterings, count_agreement, count_cosines,
                                              count_false, count_hard, count_named, draw_batches, evaluate_clusters, know_sentences, majorities,
-                                             name_batches, relate, relate_to, rows_of, saved_weights, series, summarise_ratio, tally_names)
+                                             name_batches, push_shares, relate, relate_to, rows_of, saved_weights, series, summarise_ratio, tally_names)
 from cmcgns.image import build_cache
 from cmcgns.model import Method, build_model, load_model
 from cmcgns.pretraining import Bar, Corpus, KeepWhole, Pairs, PairTrainer, arguments, collate, make_settings, pretrain, train_stage
@@ -188,6 +188,27 @@ def test_hard_negatives_by_brute_force(kind, seed):
         assert np.allclose(tally, want[metric], atol=1e-9, equal_nan=True), (metric, tally, want[metric])
     assert set(got) - set(count_hard(Named(own, members, second, similar), known, relate_to(known, majority), share, plain, None, clustered)) == {("hard_rank", truth), ("positive_similarity", truth)}
     if kind == "equal": assert got["hard_rank", "meaning"].among == 0 and summarise_ratio([got["hard_rank", "meaning"]])["value"] is None
+
+
+@pytest.mark.parametrize("weighting, hard", [("additive", True), ("additive", False), ("multiplicative", True)])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_pushes_a_sentence_away_by_brute_force(weighting, hard, seed):
+    rng = np.random.default_rng(seed)
+    n, k, tau, mu = int(rng.integers(2, 12)), int(rng.integers(2, 6)), .3, 2.5
+    contrast = ReportContrast(NegativeSampler(4, clusters=k), hard=hard, weighting=weighting, weight=mu, temperature=tau)
+    similar, near = (rng.uniform(-1, 1, shape) for shape in ((n, n), (n, k)))
+    own, second = np.argsort(-near, 1)[:, :2].T
+    got = push_shares(contrast, *map(torch.tensor, (similar, near, own, second)))
+    for i in range(n):
+        columns = [("told", j, math.exp(similar[i, j] / tau), 1.) for j in range(n)] # what it is, its weight in the softmax, what its cosine is multiplied by
+        for j in range(n):
+            if hard and weighting == "additive": columns.append(("centroid", second[j], math.exp(near[i, second[j]] / tau) * (mu if j == i else 1), 1.))
+            if hard and weighting == "multiplicative": columns.append(("centroid", second[i], math.exp(mu * near[i, second[i]] / tau) if j == i else 1., mu if j == i else 0.))
+        push = [(what, j, e * by) for what, j, e, by in columns if (what, j) != ("told", i)]
+        everything = sum(p for *_, p in push)
+        assert got["hard"][i] * everything == pytest.approx(sum(p for what, j, p in push if what == "centroid" and j == second[i]))
+        assert got["own"][i] * everything == pytest.approx(sum(p for what, j, p in push if what == "centroid" and j == own[i]))
+        assert got["false"][i] * everything == pytest.approx(sum(p for what, j, p in push if what == "told" and own[j] == own[i]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
