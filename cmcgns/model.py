@@ -60,7 +60,7 @@ class Method:
     use_hard: bool = True # hard negatives as further columns
     use_false: bool = True # the margin for false negatives
     hard_weight: float = 3. # μ, the weight of a sentence's own hard negative
-    weighting: str = 'additive' # 'additive': + log μ; 'multiplicative': logits times the weight, as published
+    weighting: str = 'additive' # 'additive': + log μ; 'spared': the same without the centroid of a row's own cluster; 'multiplicative': logits times the weight, as published
     margin_low: float = 0.2 # α of the bidirectional margin
     margin_high: float = 0.5 # β of the bidirectional margin
     margin_weight: float = 1e-4 # weight of the bidirectional margin

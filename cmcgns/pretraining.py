@@ -116,7 +116,7 @@ def parse_changes(texts:Sequence[str], # like 'lr=5e-4'
 # %% ../nbs/core/07_pretraining.ipynb #c013
 CHOICES = dict(precision=('fp32', 'bf16', 'fp16'), keep=('best', 'last'), image_pool=('attention', 'mean'), rebuild_over=('all', 'masked'),
                cluster=('cross-modal', 'single-modal', 'none'), cluster_init=('farthest', 'published'), cluster_update=('sum', 'mean'),
-               asks=('sentence', 'clustered'), start_on=('clustered', 'pairs'), weighting=('additive', 'multiplicative'),
+               asks=('sentence', 'clustered'), start_on=('clustered', 'pairs'), weighting=('additive', 'spared', 'multiplicative'),
                margin_over=('false_negatives', 'all_pairs'), mask_by=('region', 'channel'))
 POSITIVE = ('width', 'store_size', 'image_size', 'max_tokens', 'batch_size', 'accumulate', 'stage1_epochs', 'lr', 'max_grad_norm',
             'global_temperature', 'sentence_temperature', 'hard_weight')

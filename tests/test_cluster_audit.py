@@ -190,7 +190,7 @@ def test_hard_negatives_by_brute_force(kind, seed):
     if kind == "equal": assert got["hard_rank", "meaning"].among == 0 and summarise_ratio([got["hard_rank", "meaning"]])["value"] is None
 
 
-@pytest.mark.parametrize("weighting, hard", [("additive", True), ("additive", False), ("multiplicative", True)])
+@pytest.mark.parametrize("weighting, hard", [("additive", True), ("additive", False), ("spared", True), ("multiplicative", True)])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_pushes_a_sentence_away_by_brute_force(weighting, hard, seed):
     rng = np.random.default_rng(seed)
@@ -202,7 +202,7 @@ def test_what_pushes_a_sentence_away_by_brute_force(weighting, hard, seed):
     for i in range(n):
         columns = [("told", j, math.exp(similar[i, j] / tau), 1.) for j in range(n)] # what it is, its weight in the softmax, what its cosine is multiplied by
         for j in range(n):
-            if hard and weighting == "additive": columns.append(("centroid", second[j], math.exp(near[i, second[j]] / tau) * (mu if j == i else 1), 1.))
+            if hard and (weighting == "additive" or weighting == "spared" and second[j] != own[i]): columns.append(("centroid", second[j], math.exp(near[i, second[j]] / tau) * (mu if j == i else 1), 1.))
             if hard and weighting == "multiplicative": columns.append(("centroid", second[i], math.exp(mu * near[i, second[i]] / tau) if j == i else 1., mu if j == i else 0.))
         push = [(what, j, e * by) for what, j, e, by in columns if (what, j) != ("told", i)]
         everything = sum(p for *_, p in push)

@@ -274,6 +274,7 @@ def two_processes(rank, folder):
     check_sampler(mine, "pairs", "mean")
     check_report_contrast(mine)
     check_report_contrast(mine, weighting="multiplicative", over="all_pairs")
+    check_report_contrast(mine, weighting="spared")
     check_norms(mine, torch.nn.BatchNorm2d, 6, 3, 2, 2)
     check_norms(mine, torch.nn.BatchNorm1d, 6, 4)
     check_pairs(mine)

@@ -252,7 +252,7 @@ def push_shares(contrast:ReportContrast, # for its settings
     "Which share of what pushes a sentence away comes from where."
     similar, near = (t.detach().double().requires_grad_() for t in (similar, near))
     each, counts = torch.arange(len(own)), torch.bincount(second, minlength=near.shape[1]).double()
-    hard = hard_columns(near / contrast.temperature, second, counts, **contrast.hard_settings) if contrast.hard else near[:, :0]
+    hard = hard_columns(near / contrast.temperature, second, counts, **contrast.hard_settings, own=own) if contrast.hard else near[:, :0]
     F.cross_entropy(torch.cat([similar / contrast.temperature, hard], 1), each, reduction='sum').backward()
     from_sentences, from_centroids = similar.grad.fill_diagonal_(0), near.grad # (n, n), (n, k); the diagonal pulls
     total = from_sentences.sum(1) + from_centroids.sum(1)
