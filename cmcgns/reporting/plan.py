@@ -105,7 +105,7 @@ TABLES = dict(
     table_5_negatives=Table('Which negatives', NEGATIVES, (*ON_CORPUS, ('corpus', Question('clusters'))), CLAIMS['negatives']),
     table_6_corrections=Table('What the slips of the published code cost', CORRECTIONS, ON_CORPUS, CLAIMS['corrections']),
     table_7_reconstruction=Table('Reconstruction', RECONSTRUCTION, ON_CORPUS, CLAIMS['reconstruction']),
-    table_8_without_labels=Table('Asked without labels', MAIN[1:], tuple(('corpus', Question(t)) for t in ('retrieval', 'zero-shot', 'grounding', 'clusters'))))
+    table_8_without_labels=Table('Asked without labels', MAIN, tuple(('corpus', Question(t)) for t in ('retrieval', 'zero-shot', 'grounding', 'clusters'))))
 
 def applies(arm:Arm, question:Question)->bool:
     "Whether the arm has what the question is about."

@@ -6,7 +6,7 @@
 __all__ = ['FEW', 'SIGNS', 'OF_AUDITS', 'runs_of', 'fold_of', 'rows_of_runs', 'over_folds', 'cell', 'tested', 'counted',
            'labelled_row', 'labelled_table', 'statistic_of', 'paired', 'signed', 'differences', 'difference_row',
            'both_of', 'by_data', 'difference_table', 'draw_differences', 'draw_row', 'draw_table', 'verdict',
-           'deciding', 'count_ahead', 'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table',
+           'deciding', 'count_ahead', 'decide', 'claim_table', 'told_apart', 'rows_without_labels', 'unlabelled_table',
            'published_file', 'published_rows', 'latex', 'save_table', 'describe_split', 'describe_origin',
            'describe_figure', 'describe_heads', 'save_result']
 
@@ -170,6 +170,12 @@ def count_ahead(mine:Sequence[Run], theirs:Sequence[Run])->int: # of as many tra
     def value(run): groups = by_fraction(run.metrics['rows']); return known_mean(x['value'] for x in groups[max(groups)])
     return sum(value(a) > value(b) for a, b in zip(mine, theirs))
 
+def decide(mine:Sequence[Run], theirs:Sequence[Run], ends:Mapping[float, Sequence[float]], # difference, low and high end by share of the labels
+)->str:
+    "The verdict on a claim, with what it rests on."
+    if all(v == 0 for end in ends.values() for v in end): return 'cannot be told: equal in every number'
+    return verdict([ends[f][1:] for f in deciding(mine)]) + (', one training' if len(mine) == 1 else '')
+
 def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:str='classification')->list[dict]: # a row a claim and data set; those whose rows are there
     "What the table was made to decide, and what it says."
     arms, out = {a.name: a for a in table.arms}, []
@@ -177,7 +183,7 @@ def claim_table(r:Reproduction, found:Mapping[str, Run], table:Table, task:str='
         for name, mine, theirs in both_of(r, found, table, arms[claim.better], arms[claim.than], task):
             ends = differences(mine, theirs)
             row, ahead = difference_row(name, {'claim': claim.says}, mine, ends), f'{count_ahead(mine, theirs)} of {len(mine)}'
-            out.append(row | {'ahead': ahead, 'verdict': verdict([ends[f][1:] for f in deciding(mine)]) + (', one training' if len(mine) == 1 else '')})
+            out.append(row | {'ahead': ahead, 'verdict': decide(mine, theirs, ends)})
     return out
 
 # %% ../../nbs/reporting/49_results.ipynb #c020
