@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_sentence
 from PIL import Image
 
 from cmcgns.clustering import NegativeSampler, ReportContrast
@@ -247,6 +247,43 @@ def test_a_table_with_other_columns_quotes_and_no_patients(tmp_path):
     assert found.studies[0].sentences == ("lungs clear no effusion", "heart is normal")
     problem = open_table(found, tmp_path / "cache", 32)
     assert problem.images.shape == (12, 32, 32) and problem.name == "own table" and sum(problem.split.counts().values()) == 12
+
+
+@pytest.mark.parametrize("wrong,said", [
+    ("semicolons", "column 'image' is missing, the columns are image;report;patient; the table needs a header with the columns image and report, separated by commas"),
+    ("other folder", "0 studies; rows skipped: 12 image file is missing: there is no study to learn from; give the folder that the names in the column image start from"),
+    ("no endings", "write them with their endings, like film.png"),
+    ("broken films", "none of 12 images can be read, the first is"),
+    ("latin-1", ""),
+], ids=lambda x: x if len(x) < 15 else "said")
+def test_the_page_says_in_a_sentence_what_is_wrong_with_a_table(wrong, said, tmp_path):
+    "Its cells down to the studies made ready, on tables as spreadsheets write them."
+    films = tmp_path / "films"
+    films.mkdir()
+    for i in range(12):
+        Image.fromarray(np.full((20, 20), 20 * i, np.uint8)).save(films / f"{i}.png")
+        if wrong == "broken films":
+            (films / f"{i}.png").write_bytes(b"no image")
+    with open(tmp_path / "t.csv", "w", newline="", encoding="latin-1") as f:
+        ending = "" if wrong == "no endings" else ".png"
+        csv.writer(f, delimiter=";" if wrong == "semicolons" else ",").writerows([("image", "report", "patient"), *((f"{i}{ending}", "Kein Erguß, no effusion.", i) for i in range(12))])
+    space = {}
+
+    def run():
+        for kind, tags, source, _ in sources(ROOT / "nbs" / "explore" / "bring_your_own_data.ipynb"):
+            if kind == "code":
+                exec(source, space)
+            if "parameters" in tags:
+                space.update(table=str(tmp_path / "t.csv"), images=str(tmp_path if wrong == "other folder" else films))
+            if "problem" in space:
+                break
+    if said:
+        with pytest.raises(ValueError) as error:
+            run()
+        assert said in one_sentence(error)
+    else:
+        run()
+        assert len(space["problem"].studies) == 12
 
 
 # The pages
