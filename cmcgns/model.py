@@ -25,7 +25,7 @@ from .clustering import NegativeSampler, ReportContrast
 from .encoders import ENCODERS, ImageEncoder, SentencePool, TextEncoder, image_config, in_parts, load_pretrained, quiet_transformers, text_config
 from .files import check_seal, one_line
 from .image import check_input
-from .objectives import READABLE, ImageEmbedding, Objective, ReportEmbedding, gather_pairs, make_objective, number_words
+from .objectives import READABLE, ImageEmbedding, MissingObjective, Objective, ReportEmbedding, gather_pairs, make_objective, number_words
 from .processes import alone, several_processes
 from .reconstruction import Reconstruction, reconstruction_loss
 from .text import pool_tokens
@@ -354,6 +354,7 @@ def read_model(folder:Path, # a folder written by `save_pretrained`
     try:
         with quiet_transformers():
             return CMCGNS.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, local_files_only=True)
+    except MissingObjective as error: raise MissingObjective(f"{folder}: {error}") from error # the files are whole
     except Exception as error: # of many types, by what is wrong where
         raise ValueError(f"{folder}: the model cannot be read ({one_line(error)}); was it damaged, or written by another version?") from error
 

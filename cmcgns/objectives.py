@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READABLE', 'OBJECTIVES', 'ImageEmbedding', 'ReportEmbedding', 'number_words', 'Objective', 'pad_to_longest',
-           'gather_pairs', 'find_objective', 'read_value', 'known_options', 'read_options', 'make_objective',
-           'as_written', 'objective_code']
+           'gather_pairs', 'MissingObjective', 'find_objective', 'read_value', 'known_options', 'read_options',
+           'make_objective', 'as_written', 'objective_code']
 
 # %% ../nbs/core/05a_objectives.ipynb #c002
 import hashlib
@@ -105,14 +105,16 @@ def gather_pairs(image:ImageEmbedding, report:ReportEmbedding, # of this process
 OBJECTIVES = {'cm-cgns': 'cmcgns.model.ClusterGuidedObjective', 'convirt': 'cmcgns.baselines.convirt.ConVIRT', 'gloria': 'cmcgns.baselines.gloria.GLoRIA',
               'mgca': 'cmcgns.baselines.mgca.MGCA', 'prior': 'cmcgns.baselines.prior.PRIOR'}
 
+class MissingObjective(ValueError): "An objective's module, or its class in there, cannot be found."
+
 def find_objective(name:str, # a key of `OBJECTIVES`, or 'module.Class'
 )->type[Objective]:
-    "The objective of a name. Raises ValueError when there is none, or when it is something else."
+    "The objective of a name. Raises `MissingObjective` when its class cannot be found, and ValueError when it is something else."
     module, _, kind = OBJECTIVES.get(name, name).rpartition('.')
     if not module: raise ValueError(f"unknown objective {name!r}: known are {', '.join(OBJECTIVES)}, or your own as module.Class")
     try: found = getattr(import_module(module), kind)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"the objective {name!r} cannot be found ({error}): define it in this notebook, or put its module's folder on PYTHONPATH; with the library come {', '.join(OBJECTIVES)}") from error
+        raise MissingObjective(f"the objective {name!r} cannot be found ({error}): define it in this notebook, or put its module's folder on PYTHONPATH (write `PYTHONPATH=.` before the command if it lies where you are); with the library come {', '.join(OBJECTIVES)}") from error
     if not (inspect.isclass(found) and issubclass(found, Objective)): raise ValueError(f"{name!r} is no objective: derive it from cmcgns.objectives.Objective")
     if wrong := [r for r in found.reads if r not in READABLE]: raise ValueError(f"{name!r} reads {wrong[0]!r}: known are {', '.join(READABLE)}")
     return found

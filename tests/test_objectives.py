@@ -2,6 +2,7 @@
 import sys
 
 import pytest
+from conftest import one_sentence
 from test_pretraining import corpus
 
 from cmcgns.model import CMCGNS, CMCGNSConfig, Method, build_model, load_model, make_config, next_stage, replace_fields
@@ -58,8 +59,9 @@ def test_an_objective_in_a_module_is_trained_saved_found_and_missed(own, tmp_pat
     assert objective_code(own) != first
     sys.modules.pop("my_method")
     module.unlink()
-    with pytest.raises(ValueError, match="the objective 'my_method.Toy' cannot be found .No module named 'my_method'.: define it in this notebook, or put its module's folder on PYTHONPATH"):
+    with pytest.raises(ValueError, match="the objective 'my_method.Toy' cannot be found .No module named 'my_method'.: define it in this notebook, or put its module's folder on PYTHONPATH") as error:
         load_model(tmp_path / "run" / "stage2" / "model")
+    assert one_sentence(error).startswith(str(tmp_path / "run" / "stage2" / "model")) and "damaged" not in str(error.value) and "PYTHONPATH=." in str(error.value)
 
 
 def test_what_is_wrong_with_an_objective_is_said_before_training(own, tmp_path):
