@@ -179,7 +179,7 @@ def origins(r, pages)->dict: # by page, as JSON
 # %% ../../nbs/reporting/4b_cli.ipynb #c016
 @app.command('runs')
 def runs_command(runs:Runs=Path('runs')):
-    "List the finished runs, oldest first: name, data and split, preset and what was changed in it, seed, whose encoder was asked, seconds."
+    "List the finished runs, oldest first: name, data and split, preset and what was changed in it, seed, code of an objective of one's own, whose encoder was asked, seconds."
     from cmcgns.reporting.experiments import describe_run
     from cmcgns.reporting.runs import list_runs
     found = list_runs(runs)

@@ -293,9 +293,10 @@ def in_short(changes:dict, most:int=4)->str: # '' if there are none
     return ', '.join(said[:most] + ([f'{len(said) - most} more'] if len(said) > most else []))
 
 def describe_run(run:Run)->str: # one line
-    "What tells a run from the like: its data and split, its preset with what was changed, and whose encoder was asked, and how."
+    "What tells a run from the like: its data and split, its preset with what was changed, its objective's code, and whose encoder was asked, and how."
     c, (preset, changes) = run.config, nearest_preset(run.config['settings'])
     words = [run.folder.name, f"{c['data']['dataset']}, {c['data']['how']}", preset + (f': {in_short(changes)}' if changes else ''), f"seed {c['settings']['seed']}"]
+    if code := c.get('objective_code'): words.append(f'objective code {code}')
     usual = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(Question()).items()}
     asked = {k: v for k, v in c.get('question', {}).items() if k not in ('task', 'targets') and v != usual.get(k)}
     if encoder := c.get('encoder') or c.get('trained'): words.append(f'of {encoder}' + (f', {in_short(asked)}' if asked else ''))
