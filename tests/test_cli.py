@@ -16,6 +16,7 @@ from cmcgns.data.synthetic import synthesize
 from cmcgns.reporting.cli import main
 from cmcgns.reporting.plan import FIGURES, OURS, PAGES, TABLES, Reproduction, all_jobs, job_of
 from cmcgns.reporting.problems import open_problem
+from cmcgns.reporting.runs import run_once
 
 
 def refused(done, *words):
@@ -70,6 +71,12 @@ def refuses(monkeypatch, capfd):
 ])
 def test_mistakes_get_one_sentence(arguments, words, tmp_path, refuses):
     refuses(*arguments, words=words, cwd=tmp_path)
+
+
+def test_a_run_that_is_no_pretraining_is_refused(tmp_path, refuses):
+    probe = run_once(tmp_path / "runs", "classification", dict(encoder="random"), lambda folder: {})
+    for command in ["evaluate"], ["export", "--to", "x"]:
+        refuses(*command, probe.folder.name, words=[f"{probe.folder.name} is a run of classification: name a pretrain run"], cwd=tmp_path)
 
 
 def test_only_real_data_and_some_are_missing(tmp_path, refuses):

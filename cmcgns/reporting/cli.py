@@ -104,7 +104,7 @@ def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-
     if run == 'random': pretrained, (problem, settings) = None, prepare(preset or 'laptop', data_root, changes, seed, cache, False, dataset, split)
     elif preset or changes or seed is not None: raise ValueError("a run has its settings: --preset, --set and --seed are for 'random'")
     else:
-        pretrained = find_run(runs, run)
+        pretrained = find_run(runs, run, 'pretrain')
         problem, settings = problem_of(pretrained, data_root, cache, dataset, split), settings_of(pretrained)
         say(problem)
     done = evaluate_run(problem, settings, pretrained, runs, question)
@@ -209,7 +209,7 @@ def export_command(run:Annotated[str, typer.Argument(help="beginning of a pre-tr
     "Write an encoder for other libraries, with its card and the evaluations of its run."
     from cmcgns.reporting.export import evaluations_of, export_run
     from cmcgns.reporting.runs import find_run
-    found = find_run(runs, run)
+    found = find_run(runs, run, 'pretrain')
     folder = export_run(found, to, formats or None, evaluations_of(found))
     typer.echo(f"{folder}: what it is and how it is loaded stands in README.md")
 

@@ -97,9 +97,8 @@ def find_named(runs, name:str, # as for `open_run`
 )->Run: # a pre-training
     "The run of that name, if there is a place for its data. Raises `ValueError` with the parameters of a page that are missing."
     if not Path(runs).is_dir(): raise ValueError(f"the run {name} is wanted, and its folder of runs is not there: name the folder, too (`runs`)")
-    run = find_run(runs, name)
-    folder, task, home = run.folder.name, run.config['task'], run.config['data']['dataset']
-    if task != 'pretrain': raise ValueError(f"{folder} is a run of {task}: name a pretrain run")
+    run = find_run(runs, name, 'pretrain')
+    folder, home = run.folder.name, run.config['data']['dataset']
     wanted = dataset or home.removeprefix('synthetic ')
     if data_root or wanted == 'synthetic': return run
     if not dataset and wanted not in DATASETS: raise ValueError(f"{folder} was trained on {home}, a table of its owner's own: read it with found = read_table(table, images, labels, {home!r}), and open "

@@ -125,9 +125,11 @@ def list_runs(root, # folder of all runs
 
 def find_run(root, # folder of all runs
              name:str, # the beginning of a run's name
+             task:str='', # that it must be of; any if empty
 )->Run:
-    "The one run whose name begins so; a `ValueError` tells when there is none, or more."
+    "The one run whose name begins so; a `ValueError` tells when there is none, or more, or one of another task."
     found = [r for r in list_runs(root) if r.folder.name.startswith(name)]
     if not found: raise ValueError(f"no run in {root} begins with {name!r}: `cmcgns runs --runs {root}` lists them")
     if len(found) > 1: raise ValueError(f"{len(found)} runs in {root} begin with {name!r}, like {', '.join(r.folder.name for r in found[:5])}: give more of the name")
+    if task and (other := found[0].config['task']) != task: raise ValueError(f"{found[0].folder.name} is a run of {other}: name a {task} run")
     return found[0]
