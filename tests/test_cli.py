@@ -13,7 +13,9 @@ from conftest import ROOT, cmcgns
 
 from cmcgns.data.check import write_layout
 from cmcgns.data.synthetic import synthesize
+from cmcgns.pretraining import make_settings
 from cmcgns.reporting.cli import main
+from cmcgns.reporting.experiments import pretrain_config
 from cmcgns.reporting.plan import FIGURES, OURS, PAGES, TABLES, Reproduction, all_jobs, job_of
 from cmcgns.reporting.problems import open_problem
 from cmcgns.reporting.runs import run_once
@@ -77,6 +79,12 @@ def test_a_run_that_is_no_pretraining_is_refused(tmp_path, refuses):
     probe = run_once(tmp_path / "runs", "classification", dict(encoder="random"), lambda folder: {})
     for command in ["evaluate"], ["export", "--to", "x"]:
         refuses(*command, probe.folder.name, words=[f"{probe.folder.name} is a run of classification: name a pretrain run"], cwd=tmp_path)
+
+
+def test_a_run_is_not_asked_on_another_split(tmp_path, refuses):
+    problem = open_problem(None, tmp_path / "cache", 72, synthetic_studies=30, split="fold1of5")
+    run = run_once(tmp_path / "runs", "pretrain", pretrain_config(problem, make_settings("tiny")), lambda folder: {})
+    refuses("evaluate", run.folder.name, "--split", "fold2of5", words=["keeps the split it was trained on, fold1of5: leave out the split fold2of5"], cwd=tmp_path)
 
 
 def test_only_real_data_and_some_are_missing(tmp_path, refuses):

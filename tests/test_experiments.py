@@ -50,3 +50,15 @@ def test_a_run_on_the_synthetic_world(films, tmp_path):
     assert problem_of(run, films, cache).name == "synthetic covid_cxr", "the first that is there"
     with pytest.raises(ValueError, match="was trained on synthetic: give the folder of rsna with --data-root"):
         problem_of(run, None, cache, "rsna")
+
+
+def test_a_run_keeps_its_split(films, tmp_path):
+    cache, runs = tmp_path / "cache", tmp_path / "runs"
+    own = open_problem(films, cache, 72, dataset="rsna", split="fold1of5")
+    run = says(runs, own)
+    for dataset, split in (None, "fold2of5"), ("rsna", "ours"):
+        with pytest.raises(ValueError, match=f"{run.folder.name} keeps the split it was trained on, fold1of5: leave out the split {split}, or name another data set"):
+            problem_of(run, films, cache, dataset, split)
+    assert problem_of(run, films, cache, None, "fold1of5").split == problem_of(run, films, cache).split == own.split
+    assert problem_of(run, films, cache, "covid_cxr", "fold2of5").how == "fold2of5"
+    assert problem_of(run, films, cache, "covid_cxr").how == "ours"

@@ -264,9 +264,9 @@ def problem_of(run:Run, # a pre-training run
                data_root, # where real data lie, or None for the synthetic world
                cache, # as for `open_problem`
                dataset:str|None=None, # which of several data sets in the folder, its own if None and there; 'synthetic' without a folder
-               split:str='ours', # of another data set; on its own, a run keeps its split
+               split:str|None=None, # of another data set, 'ours' if None; on its own, a run keeps its split
 )->Problem:
-    "What to evaluate a run on: its own data, whose split it keeps, or another data set. Raises `ValueError` if its own have changed, or are nowhere."
+    "What to evaluate a run on: its own data, whose split it keeps, or another data set. Raises `ValueError` if its own have changed, or are nowhere, or if they are asked for in another split."
     data, settings = run.config['data'], run.config['settings']
     home = data['dataset'].removeprefix('synthetic ')
     if not dataset and home != 'synthetic' and home not in DATASETS: raise ValueError(f"{run.folder.name} was trained on {home}, a table of its owner's own: open it as the page bring_your_own_data does, or name a data set to ask it about")
@@ -274,8 +274,9 @@ def problem_of(run:Run, # a pre-training run
     if data_root and not dataset and home in find_datasets(data_root): dataset = home
     key = choose_dataset(data_root or None, dataset)[0]
     own = key == home
+    if own and split not in (None, data['how']): raise ValueError(f"{run.folder.name} keeps the split it was trained on, {data['how']}: leave out the split {split}, or name another data set to ask it about")
     n = sum(data['counts'].values()) if own else SYNTHETIC_STUDIES['laptop']
-    problem = open_problem(data_root, cache, settings['store_size'], n, dataset=key if data_root else None, split=data['how'] if own else split)
+    problem = open_problem(data_root, cache, settings['store_size'], n, dataset=key if data_root else None, split=data['how'] if own else split or 'ours')
     if own and problem_config(problem) != data: raise ValueError(f"{run.folder.name} was trained on other studies, or another split, than those found now: its training patients could be in the test part")
     return problem
 
