@@ -58,6 +58,8 @@ def refuses(monkeypatch, capfd):
     (["evaluate", "random", "--split", "fodl1of5"], ["unknown split 'fodl1of5' for synthetic films: known are ours, fold1of5 and the like, image-level"]),
     (["reproduce", "--split", "lovt/rsna"], ["unknown split 'lovt/rsna' for synthetic films"]),
     (["evaluate", "pretrain-000"], ["no run in runs begins with 'pretrain-000': `cmcgns runs --runs runs` lists them"]),
+    *((["evaluate", "random", "--task", task, "--target", "effusion"], [f"{task} asks for no targets, so 'effusion' would change nothing", "classification, detection, segmentation, zero-shot"])
+      for task in ("retrieval", "grounding", "clusters")),
     (["pretrain", "--preset", "tiny", "--set", "mask_by=regoin"], ["mask_by=regoin: known are region, channel"]),
     (["pretrain", "--preset", "tiny", "--set", "image_size=72"], ["cannot double to 72 pixels"]),
     (["reproduce", "--preset", "tiny", "--only-real"], ["none of mimic_cxr, covid_cxr, openi is there", "--only-real forbids"]),

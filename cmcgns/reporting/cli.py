@@ -92,7 +92,7 @@ def numbers(text:str, kind:type)->tuple: # '0.1,1' -> (0.1, 1.0)
 def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-training run's name, or 'random'")], task:Task='classification',
                      preset:Annotated[str, typer.Option(help="for 'random': the preset of the encoder")]='', data_root:DataRoot=None,
                      dataset:Dataset=None, split:OtherSplit=None, changes:Changes=[], seed:Seed=None, # noqa: B006
-                     targets:Annotated[list[str], typer.Option('--target', help="labels, boxes or masks to ask for; the data set's own if not given; may be repeated")]=[], # noqa: B006
+                     targets:Annotated[list[str], typer.Option('--target', help="labels, boxes or masks to ask for, which retrieval, grounding and clusters do not read; the data set's own if not given; may be repeated")]=[], # noqa: B006
                      fractions:Annotated[str, typer.Option(help="shares of the labels")]='0.01,0.1,1', seeds:Annotated[str, typer.Option(help="of the label subsets")]='0,1,2',
                      solver:Annotated[str, typer.Option(help="of the linear probe: solved, or adamw as published")]='solved',
                      finetune:Annotated[bool, typer.Option('--finetune', help="train the encoder too")]=False,
