@@ -90,7 +90,7 @@ def numbers(text:str, kind:type)->tuple: # '0.1,1' -> (0.1, 1.0)
 # %% ../../nbs/reporting/4b_cli.ipynb #c011
 @app.command('evaluate')
 def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-training run's name, or 'random'")], task:Task='classification',
-                     preset:Annotated[str, typer.Option(help="for 'random': the preset of the encoder")]='', data_root:DataRoot=None,
+                     preset:Annotated[str, typer.Option(help="for 'random': the preset of the encoder; laptop if not given")]='', data_root:DataRoot=None,
                      dataset:Dataset=None, split:OtherSplit=None, changes:Changes=[], seed:Seed=None, # noqa: B006
                      targets:Annotated[list[str], typer.Option('--target', help="labels, boxes or masks to ask for, which retrieval, grounding and clusters do not read; the data set's own if not given; may be repeated")]=[], # noqa: B006
                      fractions:Annotated[str, typer.Option(help="shares of the labels")]='0.01,0.1,1', seeds:Annotated[str, typer.Option(help="of the label subsets")]='0,1,2',
@@ -102,7 +102,10 @@ def evaluate_command(run:Annotated[str, typer.Argument(help="beginning of a pre-
     from cmcgns.reporting.runs import find_run
     from cmcgns.reporting.tables import markdown, picture_run, result_rows
     question = Question(task, tuple(targets), numbers(fractions, float), numbers(seeds, int), solver, finetune, epochs)
-    if run == 'random': pretrained, (problem, settings) = None, prepare(preset or 'laptop', data_root, changes, seed, cache, False, dataset, split or 'ours')
+    if run == 'random':
+        pretrained, preset = None, preset or 'laptop'
+        problem, settings = prepare(preset, data_root, changes, seed, cache, False, dataset, split or 'ours')
+        typer.echo(f"the encoder that preset {preset} starts from, seed {settings.seed}", err=True)
     elif preset or changes or seed is not None: raise ValueError("a run has its settings: --preset, --set and --seed are for 'random'")
     else:
         pretrained = find_run(runs, run, 'pretrain')
