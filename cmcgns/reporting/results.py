@@ -28,7 +28,7 @@ from .experiments import ASKED, Question
 from .plan import OURS, Reproduction, Table, applies, job_of
 from .problems import added_lines
 from .runs import Run
-from .tables import METRICS, beside, by_fraction, known_mean, markdown, positives_of, save_csv, spell, std_of
+from .tables import METRICS, beside, by_fraction, known_mean, learned_from, markdown, positives_of, save_csv, spell, std_of
 
 # %% ../../nbs/reporting/49_results.ipynb #c007
 def runs_of(r:Reproduction, found:Mapping[str, Run], arm, data:str, question:Question)->list[Run]: # one a split and seed; those that are there
@@ -72,7 +72,7 @@ def labelled_row(arm, name:str, runs:Sequence[Run])->dict:
     rows = rows_of_runs(runs)
     groups = by_fraction(rows)
     whole = groups[max(groups)]
-    sizes = '/'.join(str(round(np.mean([x['n_train'] for x in g]))) for g in groups.values())
+    sizes = '/'.join(str(learned_from(g)) for g in groups.values())
     misleading = {f'{k} ({100 * max(groups):g} %)': v for k, v in beside(whole).items()}
     return {'data': name, 'encoder': arm.name, 'metric': spell(whole[0]['metric'])} | {f'{100 * f:g} %': cell(g) for f, g in groups.items()} | misleading | {
         'n train': sizes, 'n test': tested(whole)} | positives_of(whole) | {'seeds': counted(runs, whole)}

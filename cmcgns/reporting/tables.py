@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'BESIDE', 'METRICS', 'markdown', 'save_csv', 'std_of', 'known_mean', 'by_fraction', 'summarise', 'spell',
-           'dig', 'beside', 'positives_of', 'probe_rows', 'interval_of', 'result_rows', 'difference_rows',
-           'comparison_rows', 'spread_out', 'best_guesses', 'mean_overlap', 'films_of', 'picture_run']
+           'dig', 'beside', 'learned_from', 'positives_of', 'probe_rows', 'interval_of', 'result_rows',
+           'difference_rows', 'comparison_rows', 'spread_out', 'best_guesses', 'mean_overlap', 'films_of',
+           'picture_run']
 
 # %% ../../nbs/reporting/42_tables.ipynb #c002
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,6 +83,10 @@ def beside(rows:Sequence[Mapping])->dict: # columns
         return f"{known_mean(values):.3f}" + (f" ({n} of {len(rows)})" if n < len(rows) else '') if n else '–'
     return {name: mean(keys) for name, keys in next((v for k, v in BESIDE.items() if k in rows[0]), {}).items()}
 
+def learned_from(rows:Sequence[Mapping])->int: # films
+    "Of how many films a row has learned: the mean over draws and folds; a small share of one grows until every class is in it."
+    return round(known_mean(r['n_train'] for r in rows))
+
 def positives_of(rows:Sequence[Mapping])->dict: # a column, or none
     "Of how many masks, or boxes, the metric is made, over all folds."
     key, name = next(((k, n) for k, n in (('positives', 'films with a mask'), ('n_boxes', 'boxes')) if k in rows[0]), (None, ''))
@@ -92,7 +97,7 @@ def probe_rows(run:Run, # of an evaluation
 )->list[dict]: # a row a fraction
     "The table of one evaluation."
     metrics = run.metrics
-    return [{'data': run.config['data']['dataset'], 'encoder': metrics['encoder'], 'labels': f'{100*f:g} %', 'n train': rows[0]['n_train'],
+    return [{'data': run.config['data']['dataset'], 'encoder': metrics['encoder'], 'labels': f'{100*f:g} %', 'n train': learned_from(rows),
              'n test': rows[0]['n_test'], **positives_of(rows), 'label seeds': len(rows), **beside(rows), f"{spell(rows[0]['metric'])} mean ± std [95 %]": summarise(rows)}
             for f, rows in by_fraction(metrics['rows']).items()]
 
